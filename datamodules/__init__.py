@@ -1,0 +1,7 @@
+"""LightningDataModules by kind of data. They know files, splits and transforms, and nothing of lightning_sgm."""
+
+from datamodules.base import DataModule
+from datamodules.images import ImageDataModule
+from datamodules.text import TextDataModule
+
+__all__ = ["DataModule", "ImageDataModule", "TextDataModule"]

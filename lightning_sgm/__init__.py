@@ -1,0 +1,42 @@
+"""lightning_sgm: train, sample and judge score-based generative models with PyTorch Lightning."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that ``import lightning_sgm`` and the command line's --help need no torch.
+_PUBLIC = {
+    "RADD": "lightning_sgm.methods.radd",
+    "ScoreSDE": "lightning_sgm.methods.score_sde",
+    "GenerativeModule": "lightning_sgm.methods.base",
+    "MaskedTransformer": "lightning_sgm.networks.masked_transformer",
+    "UNet": "lightning_sgm.networks.unet",
+    "Trainer": "lightning_sgm.trainer",
+    "load": "lightning_sgm.io.checkpoint",
+    "TextDataModule": "datamodules",
+    "ImageDataModule": "datamodules",
+}
+
+if TYPE_CHECKING:
+    from datamodules import ImageDataModule as ImageDataModule
+    from datamodules import TextDataModule as TextDataModule
+    from lightning_sgm.io.checkpoint import load as load
+    from lightning_sgm.methods.base import GenerativeModule as GenerativeModule
+    from lightning_sgm.methods.radd import RADD as RADD
+    from lightning_sgm.methods.score_sde import ScoreSDE as ScoreSDE
+    from lightning_sgm.networks.masked_transformer import MaskedTransformer as MaskedTransformer
+    from lightning_sgm.networks.unet import UNet as UNet
+    from lightning_sgm.trainer import Trainer as Trainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

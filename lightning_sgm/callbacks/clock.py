@@ -1,0 +1,10 @@
+"""The clock that all cadences of the callbacks follow."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+
+
+def updates(trainer: Trainer, pl_module: LightningModule) -> int:
+    """Optimiser updates of the model so far: the module's own count, or Lightning's steps if it keeps none."""
+    return int(getattr(pl_module, "updates", trainer.global_step))

@@ -1,0 +1,160 @@
+"""Looking at samples: during training, and as files from ``predict``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, distributed
+
+from lightning_sgm.callbacks.clock import updates
+from lightning_sgm.callbacks.ema import EMA
+from lightning_sgm.io.writers import Writer, writer_for
+
+if TYPE_CHECKING:
+    from lightning_sgm.methods.base import GenerativeModule
+
+# Their parameters are spread over the processes: one alone cannot run the network.
+_SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+
+
+class SampleLogger(Callback):
+    """Draws a few samples at a cadence during ``fit`` and at its end, with the EMA weights, and shows them.
+
+    They go to TensorBoard as ``samples`` and to ``RUN/samples/UPDATES.png`` or ``.txt``. The same sample numbers,
+    hence the same start noise, are drawn every time: successive pictures show one set of samples getting better.
+    ``samples/evaluations`` logs how many network evaluations a sample took. The training is not changed by looking.
+
+    Only the first process draws while the others wait, unless parameters are sharded: then all draw, one writes.
+
+    Args:
+        every: cadence in optimiser updates of the model.
+        count: number of samples.
+        writer: how they are shown; by default as the data specification says.
+    """
+
+    def __init__(self, every: int = 500, count: int = 16, writer: Writer | None = None) -> None:
+        if every < 1 or count < 1:
+            raise ValueError(f"samples need every >= 1 and count >= 1, got every = {every} and count = {count}")
+        self.every = every
+        self.count = count
+        self.writer = writer
+        self._folder = Path()
+        self._drawn = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the run's folder (every process must ask for it) and start counting where a resumed run is."""
+        self._folder = _run_folder(trainer) / "samples"
+        self._drawn = updates(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw when the number of updates has passed a multiple of ``every``."""
+        if updates(trainer, pl_module) // self.every > self._drawn // self.every:
+            self._draw(trainer, cast("GenerativeModule", pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw from the finished model, unless that was just done."""
+        if updates(trainer, pl_module) > self._drawn:
+            self._draw(trainer, cast("GenerativeModule", pl_module))
+
+    def _draw(self, trainer: Trainer, module: GenerativeModule) -> None:
+        self._drawn = step = updates(trainer, module)
+        if not trainer.is_global_zero and not isinstance(trainer.strategy, _SHARDED):
+            return
+        with _averaged(trainer, module), _evaluating(module), trainer.precision_plugin.predict_step_context():
+            batch = module.sample(torch.arange(self.count, device=module.device))
+        if not trainer.is_global_zero:
+            return
+        writer = self.writer or writer_for(module.spec)
+        for logger in trainer.loggers:
+            writer.log(logger, "samples", batch, step)
+            logger.log_metrics({"samples/evaluations": module.sampler_evaluations}, step=step)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            writer.save(batch, self._folder / f"{step:08d}")
+
+
+class PredictionWriter(Callback):
+    """Writes what ``predict`` samples: a file per sample, named by its number, and one overview of all of them.
+
+    Every process writes its own samples as they come; at the end the first one joins them into ``samples.png`` or
+    ``samples.txt`` and says where they are. Samples in a folder that other nodes cannot see are left out there.
+
+    Args:
+        folder: where to write; by default ``predictions`` in the run's folder.
+        writer: how they are written; by default as the data specification says.
+    """
+
+    def __init__(self, folder: str | None = None, writer: Writer | None = None) -> None:
+        self.folder = folder
+        self.writer = writer
+        self._folder = Path()
+        self._files: dict[int, Path] = {}
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the folder (every process must ask for it)."""
+        default = _run_folder(trainer) / "predictions"
+        self._folder = default if self.folder is None else Path(self.folder)
+        self._files = {}
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: dict[str, Tensor],
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the samples ``outputs["x"]`` under their numbers ``outputs["index"]``."""
+        files = self._writer(pl_module).save_each(outputs, self._folder)
+        self._files |= dict(zip(outputs["index"].tolist(), files, strict=True))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Join the samples of all processes."""
+        files = dict(self._files)
+        if trainer.world_size > 1:
+            everybody: list[Any] = [None] * trainer.world_size
+            # Also waits until every process has written.
+            distributed.all_gather_object(everybody, self._files)
+            files = {number: file for part in everybody for number, file in part.items() if file.exists()}
+        if not trainer.is_global_zero or not files:
+            return
+        overview = self._writer(pl_module).collect(
+            [files[number] for number in sorted(files)], self._folder / "samples"
+        )
+        print(f"{len(files)} samples are in {self._folder}, together in {', '.join(map(str, overview))}")
+
+    def _writer(self, pl_module: LightningModule) -> Writer:
+        return self.writer or writer_for(cast("GenerativeModule", pl_module).spec)
+
+
+def _run_folder(trainer: Trainer) -> Path:
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def _averaged(trainer: Trainer, module: LightningModule) -> AbstractContextManager[None]:
+    """The EMA weights, if the trainer keeps any."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EMA):
+            return callback.averaged(module)
+    return nullcontext()
+
+
+@contextmanager
+def _evaluating(module: LightningModule) -> Iterator[None]:
+    """Eval mode without gradients; every submodule gets its own mode back, also those kept in eval in training."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True

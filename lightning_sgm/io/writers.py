@@ -1,0 +1,235 @@
+"""Samples as files that people open, and in TensorBoard: one writer per kind of data."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_sgm.io.files import atomic_write
+
+Batch = dict[str, Tensor]
+
+
+class Writer(ABC):
+    """Turns batches of samples into files and TensorBoard entries. Files are written atomically.
+
+    Every method takes a batch whose ``x`` holds the samples and whose ``index``, if there, numbers them (otherwise
+    they are numbered from 0). A writer knows how data look, not where they come from; ``writer_for`` builds the one
+    that a data specification asks for.
+    """
+
+    @abstractmethod
+    def save(self, batch: Batch, stem: Path) -> list[Path]:
+        """Write one overview of all samples to ``stem`` plus a suffix; returns the files written."""
+
+    @abstractmethod
+    def save_each(self, batch: Batch, folder: Path) -> list[Path]:
+        """Write one file per sample, named by its number (``000012.png``), into ``folder``; returns them in order."""
+
+    @abstractmethod
+    def collect(self, files: Sequence[Path], stem: Path) -> list[Path]:
+        """Write the overview of samples that ``save_each`` wrote, perhaps in other processes, in the given order."""
+
+    @abstractmethod
+    def log(self, logger: Logger, tag: str, batch: Batch, step: int) -> None:
+        """Show the samples under ``tag`` in TensorBoard; other loggers have no common way and are passed over."""
+
+
+class ImageWriter(Writer):
+    """Images as PNG: single files pixel by pixel, overviews as a square grid of tiles enlarged to be visible.
+
+    One channel is written as gray, three as colour; any other number as gray channels side by side.
+
+    Args:
+        low: value shown as black; lower ones and NaN too.
+        high: value shown as white; higher ones too. 8-bit images scaled to [low, high] come back exactly.
+        tile: small images are enlarged in overviews by a whole number until their longer side has this many pixels.
+        most: an overview shows at most so many images, the first.
+    """
+
+    def __init__(self, low: float = -1.0, high: float = 1.0, tile: int = 64, most: int = 256) -> None:
+        if not low < high:
+            raise ValueError(f"the value range [{low}, {high}] of the images is empty: low must be below high")
+        self.low = low
+        self.high = high
+        self.tile = tile
+        self.most = most
+
+    def save(self, batch: Batch, stem: Path) -> list[Path]:
+        """One grid, row by row, as ``stem.png``."""
+        return [self._write(self._grid(self._pixels(batch["x"])), _with_suffix(stem, ".png"))]
+
+    def save_each(self, batch: Batch, folder: Path) -> list[Path]:
+        """``folder/NUMBER.png`` in the images' own size."""
+        numbers, pixels = _numbers(batch), self._pixels(batch["x"])
+        return [self._write(image, folder / f"{i:06d}.png") for i, image in zip(numbers, pixels, strict=True)]
+
+    def collect(self, files: Sequence[Path], stem: Path) -> list[Path]:
+        """The grid of the first images as ``stem.png``."""
+        from PIL import Image
+
+        images = []
+        for file in files[: self.most]:
+            with Image.open(file) as image:
+                images.append(torch.from_numpy(np.array(image)))
+        pixels = torch.stack(images)
+        pixels = pixels[:, None] if pixels.dim() == 3 else pixels.movedim(3, 1)
+        return [self._write(self._grid(pixels), _with_suffix(stem, ".png"))]
+
+    def log(self, logger: Logger, tag: str, batch: Batch, step: int) -> None:
+        """One image: the grid."""
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(tag, self._grid(self._pixels(batch["x"])), step)
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) float -> (B, 1 or 3, H, W) uint8 on the CPU."""
+        if x.dim() != 4:
+            raise ValueError(f"an image batch has the shape (B, C, H, W), got {tuple(x.shape)}")
+        unit = (x.detach().float().cpu() - self.low) / (self.high - self.low)
+        pixels = unit.nan_to_num(nan=0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
+        if pixels.shape[1] in (1, 3):
+            return pixels
+        return torch.cat(pixels.split(1, dim=1), dim=3)
+
+    def _grid(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 -> one (C, height, width) uint8: enlarged tiles on a gray ground."""
+        pixels = pixels[: self.most]
+        scale = max(1, math.ceil(self.tile / max(pixels.shape[2:])))
+        pixels = pixels.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+        columns = math.ceil(math.sqrt(len(pixels)))
+        rows = math.ceil(len(pixels) / columns)
+        gap = max(2, max(pixels.shape[2:]) // 32)
+        tiles = F.pad(F.pad(pixels, (0, gap, 0, gap), value=128), (0,) * 7 + (rows * columns - len(pixels),), value=128)
+        _, channels, height, width = tiles.shape
+        grid = tiles.reshape(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
+        return F.pad(grid.reshape(channels, rows * height, columns * width), (gap, 0, gap, 0), value=128)
+
+    def _write(self, image: Tensor, path: Path) -> Path:
+        from PIL import Image
+
+        array = image[0] if len(image) == 1 else image.movedim(0, 2)
+        with atomic_write(path) as file:
+            Image.fromarray(array.numpy()).save(file, format="PNG")
+        return path
+
+
+class TextWriter(Writer):
+    """Token sequences as text.
+
+    Single files hold exactly the bytes of the text. Overviews are for reading: sections under a numbered line; bytes
+    that are not UTF-8 and control characters, which a terminal would obey, appear as ``\\xNN``.
+
+    Args:
+        tokenizer: as in a data specification: "bytes" (token = byte), "gpt2" (needs the extra ``text`` and the
+            tokenizer's files, from the hub or its cache) or {"characters": "abc..."} (token i = i-th character).
+    """
+
+    def __init__(self, tokenizer: str | dict[str, str] = "bytes") -> None:
+        if tokenizer not in ("bytes", "gpt2") and not (isinstance(tokenizer, dict) and "characters" in tokenizer):
+            raise ValueError(f"unknown tokenizer {tokenizer!r}: use 'bytes', 'gpt2' or {{'characters': '...'}}")
+        self.tokenizer = tokenizer
+        self._gpt2: Any = None
+
+    def save(self, batch: Batch, stem: Path) -> list[Path]:
+        """All samples in ``stem.txt``."""
+        return self._write_sections(_numbers(batch), self.decode(batch["x"]), stem)
+
+    def save_each(self, batch: Batch, folder: Path) -> list[Path]:
+        """``folder/NUMBER.txt``, the exact bytes."""
+        files = []
+        for number, raw in zip(_numbers(batch), self.decode(batch["x"]), strict=True):
+            files.append(folder / f"{number:06d}.txt")
+            with atomic_write(files[-1]) as file:
+                file.write(raw)
+        return files
+
+    def collect(self, files: Sequence[Path], stem: Path) -> list[Path]:
+        """All samples in ``stem.txt``, numbered by their file names."""
+        return self._write_sections([int(file.stem) for file in files], [file.read_bytes() for file in files], stem)
+
+    def log(self, logger: Logger, tag: str, batch: Batch, step: int) -> None:
+        """One Markdown text with a code block per sample, which keeps spaces and newlines."""
+        if isinstance(logger, TensorBoardLogger):
+            sections = zip(_numbers(batch), self.decode(batch["x"]), strict=True)
+            logger.experiment.add_text(
+                tag, "\n\n".join(f"sample {i}\n\n{_code(readable(raw))}" for i, raw in sections), step
+            )
+
+    def decode(self, x: Tensor) -> list[bytes]:
+        """The texts of tokens x (B, L), each in [0, V), as bytes (UTF-8 where the tokenizer knows characters)."""
+        rows = x.tolist()
+        if self.tokenizer == "bytes":
+            return [bytes(row) for row in rows]
+        if isinstance(self.tokenizer, dict):
+            characters = self.tokenizer["characters"]
+            return ["".join([characters[token] for token in row]).encode() for row in rows]
+        return [text.encode() for text in self._gpt2_tokenizer().batch_decode(rows)]
+
+    def _gpt2_tokenizer(self) -> Any:
+        if self._gpt2 is None:
+            try:
+                from transformers import GPT2TokenizerFast
+
+                self._gpt2 = GPT2TokenizerFast.from_pretrained("gpt2")
+            except ImportError as error:
+                raise ValueError("the gpt2 tokenizer needs: pip install 'lightning_sgm[text]'") from error
+            except OSError as error:
+                raise ValueError(
+                    "cannot load the gpt2 tokenizer: its files are neither on this machine nor within reach; "
+                    "download the repository 'gpt2' into the Hugging Face cache once"
+                ) from error
+        return self._gpt2
+
+    def _write_sections(self, numbers: Sequence[int], raws: Sequence[bytes], stem: Path) -> list[Path]:
+        path = _with_suffix(stem, ".txt")
+        rule = "=" * 20
+        sections = [f"{rule} sample {i} {rule}\n{readable(raw)}\n" for i, raw in zip(numbers, raws, strict=True)]
+        with atomic_write(path) as file:
+            file.write("\n".join(sections).encode())
+        return [path]
+
+
+def writer_for(spec: dict[str, Any]) -> Writer:
+    """The writer for the kind of data that ``spec`` (see a DataModule's ``spec``) describes."""
+    kind = spec["kind"]
+    if kind == "image":
+        low, high = spec["range"]
+        return ImageWriter(low, high)
+    if kind == "text":
+        return TextWriter(spec["tokenizer"])
+    raise ValueError(f"there is no writer for data of kind {kind!r}: give your own Writer as writer=")
+
+
+# Everything that moves a terminal's cursor or breaks a line, but not tab and newline.
+_CONTROLS = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\t\n"}
+
+
+def readable(raw: bytes) -> str:
+    """Text for the eye: what is not UTF-8, and control characters, as ``\\xNN``."""
+    return raw.decode("utf-8", errors="backslashreplace").translate(_CONTROLS)
+
+
+def _code(text: str) -> str:
+    """A Markdown code block whose fence is longer than any run of backticks inside."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"
+
+
+def _numbers(batch: Batch) -> list[int]:
+    numbers: list[int] = (batch["index"] if "index" in batch else torch.arange(len(batch["x"]))).tolist()
+    return numbers
+
+
+def _with_suffix(stem: Path, suffix: str) -> Path:
+    # Path.with_suffix would cut "samples_0.5" at the dot.
+    return stem.with_name(stem.name + suffix)

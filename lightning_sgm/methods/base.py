@@ -1,0 +1,286 @@
+"""What every method shares: steps, logging at a cadence, optimiser and schedule, sampling by index, test metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric, Metric
+
+from lightning_sgm.random import Draw, mix, run_seed
+
+Batch = dict[str, Tensor]
+_TRAIN, _EVALUATE, _SAMPLE = 1, 2, 3
+
+
+class GenerativeModule(LightningModule):
+    """Base of all methods: a subclass builds its parts, gives :meth:`losses` and :meth:`sample`.
+
+    Args:
+        spec: what the data tell the model (shape, vocabulary, ...); linked from the DataModule by the command line.
+        optimizer: callable from parameters to an optimiser.
+        warmup: number of updates over which the learning rate rises linearly.
+        decay: the learning rate after warm-up: "constant", or "cosine" down to 0 at the end of the run.
+        exact: noise in training keyed by example instead of drawn per batch, so that a step does not depend on how its
+            batch is split over processes.
+        drop: probability with which a condition is replaced by its null value in training, by name; a label of K
+            classes becomes K (classifier-free guidance, Ho and Salimans 2022).
+        metrics: metrics of samples against data, filled by ``test`` from one sampling pass.
+        test_samples: how many samples ``test`` draws for them.
+
+    Attributes:
+        ema_parts: names of the trained parts, which the EMA averages and compile sees.
+        last_loss: detached loss of the latest training step, for progress displays.
+    """
+
+    ema_parts: tuple[str, ...] = ("network",)
+    network: nn.Module
+
+    def __init__(
+        self,
+        *,
+        spec: dict[str, Any],
+        optimizer: OptimizerCallable,
+        warmup: int = 0,
+        decay: Literal["constant", "cosine"] = "constant",
+        exact: bool = False,
+        drop: dict[str, float] | None = None,
+        metrics: list[Metric] | None = None,
+        test_samples: int = 256,
+    ) -> None:
+        super().__init__()
+        if warmup < 0 or test_samples < 1:
+            raise ValueError(f"warmup must be >= 0 and test_samples >= 1, got {warmup} and {test_samples}")
+        self.spec = spec
+        self.optimizer = optimizer
+        self.warmup, self.decay = warmup, decay
+        self.exact = exact
+        self.drop = drop or {}
+        self.test_samples = test_samples
+        self.metrics: list[Metric] = list(metrics or [])
+        self.sample_metrics = nn.ModuleList(self.metrics)  # registered, so that they move to the device
+        self.validation_losses = nn.ModuleDict()
+        self.last_loss: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._summed = 0
+
+    def record(self, arguments: dict[str, Any]) -> None:
+        """Keep the constructor's arguments in checkpoints; call it with ``locals()`` at the end of a constructor.
+
+        Under the command line these are class paths and plain values, so a checkpoint alone rebuilds the model. In
+        Python only plain values can be kept: ``lightning_sgm.load(path, network=...)`` is then given the parts.
+        """
+        if _given_hyperparameters.get() is not None:
+            self.save_hyperparameters()
+        else:
+            kept = {k: v for k, v in arguments.items() if k not in ("self", "__class__") and _is_plain(v)}
+            self.save_hyperparameters(kept)
+
+    # What a method gives.
+
+    def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """Named terms per example, each (B,); "loss" is what training minimises the mean of."""
+        raise NotImplementedError
+
+    def sample(self, indices: Tensor, **conditions: Any) -> Batch:
+        """A batch whose "x" holds the samples numbered ``indices`` (n,), each a function of (run seed, number)."""
+        raise NotImplementedError
+
+    # Randomness and conditions.
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates of the model itself so far: the clock of all cadences."""
+        return self.trainer.global_step if self._trainer is not None else 0
+
+    def sample_draw(self, indices: Tensor) -> Draw:
+        """The noise of the samples numbered ``indices``."""
+        return Draw(mix(run_seed(), _SAMPLE), keys=indices.to(self.device))
+
+    def evaluation_draw(self, batch: Batch, repeat: int = 0) -> Draw:
+        """Noise of an evaluation: the same for an example every time and in any batch; ``repeat`` numbers passes."""
+        return Draw(mix(_EVALUATE, repeat), keys=batch["index"].to(self.noise_device))
+
+    def _train_draw(self, batch: Batch) -> Draw:
+        # Counts batches, not updates: with gradient accumulation every micro-batch has its own noise.
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        if self.exact:
+            return Draw(mix(run_seed(), _TRAIN, step), keys=batch["index"].to(self.noise_device))
+        return Draw(mix(run_seed(), _TRAIN, step, self.global_rank), device=self.noise_device)
+
+    @property
+    def noise_device(self) -> torch.device:
+        """Where noise of the losses is drawn."""
+        return self.device
+
+    def conditions(self, batch: Batch, draw: Draw | None = None) -> dict[str, Tensor]:
+        """The entries of the batch that the network asks for; with ``draw`` some are dropped, as in training."""
+        found: dict[str, Tensor] = {}
+        for name in getattr(self.network, "conditions", ()):
+            value = batch[name]
+            if draw is not None and name in self.drop:
+                dropped = draw.uniform((len(value),)).to(value.device) < self.drop[name]
+                value = torch.where(dropped, torch.full_like(value, self.spec["classes"]), value)
+            found[name] = value
+        return found
+
+    # Steps.
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss of a batch; terms are summed on the device and logged at the trainer's cadence."""
+        terms = self.losses(batch, self._train_draw(batch))
+        loss = terms["loss"].mean()
+        self.last_loss = loss.detach()
+        for name, term in terms.items():
+            value = term.detach().mean()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._summed += 1
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log means since the last time, learning rate included; stop on a loss that is no longer a number."""
+        if self._summed and self.updates % self._cadence == 0 and self.updates > 0:
+            values = {f"train/{name}": float(value) / self._summed for name, value in self._sums.items()}
+            self._sums, self._summed = {}, 0
+            if not all(math.isfinite(value) for value in values.values()):
+                raise FloatingPointError(
+                    f"the training loss is not a number in the {self._cadence} updates before update {self.updates}: "
+                    f"{values}; the last good checkpoint is kept. Lower the learning rate or clip gradients."
+                )
+            optimizer = self.trainer.optimizers[0]
+            values["train/learning_rate"] = float(optimizer.param_groups[0]["lr"])
+            for logger in self.loggers:
+                logger.log_metrics(values, step=self.updates)
+
+    @property
+    def _cadence(self) -> int:
+        return max(1, int(getattr(self.trainer, "log_every_n_steps", 50)))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Terms averaged over the examples of the split, with the same noise at every validation."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As validation; real data are fed to the sample metrics."""
+        self._evaluate(batch, "test")
+        for metric in self.metrics:
+            metric.update(**_inputs(metric, batch), real=True)
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        terms = self.losses(batch, self.evaluation_draw(batch))
+        for name, term in terms.items():
+            if name not in self.validation_losses:
+                self.validation_losses[name] = MeanMetric().to(self.device).set_dtype(torch.float64)
+            mean = self.validation_losses[name]
+            assert isinstance(mean, MeanMetric)
+            mean.update(term.double())
+            self.log(
+                f"{stage}/{name}", mean, on_step=False, on_epoch=True, metric_attribute=f"validation_losses.{name}"
+            )
+
+    def on_test_epoch_end(self) -> None:
+        """Draw samples once, feed all metrics; the same metrics of training data against the test set are the floor."""
+        if not self.metrics:
+            return
+        results: dict[str, Tensor] = {}
+        real = [_copy_state(metric) for metric in self.metrics]
+        floor = self._floor_batch()
+        if floor is not None:
+            for metric in self.metrics:
+                metric.update(**_inputs(metric, floor), real=False)
+                results |= _named(metric, "floor")
+        for metric, state in zip(self.metrics, real, strict=True):
+            _restore_state(metric, state)
+        evaluations = []
+        for indices in self.sample_batches(self.test_samples):
+            samples = self.sample(indices.to(self.device))
+            evaluations.append(self.sampler_evaluations)
+            for metric in self.metrics:
+                metric.update(**_inputs(metric, samples), real=False)
+        for metric in self.metrics:
+            results |= _named(metric, "samples")
+            metric.reset()
+        results["samples/evaluations"] = torch.tensor(sum(evaluations) / max(1, len(evaluations)))
+        self.log_dict({f"test/{name}": value for name, value in results.items()}, sync_dist=False)
+
+    def _floor_batch(self) -> Batch | None:
+        """Training examples, as many as samples; each rank takes its share."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or not hasattr(data, "examples"):
+            return None
+        batch = data.examples("train", self.test_samples)
+        return {k: v[self.global_rank :: self.trainer.world_size].to(self.device) for k, v in batch.items()}
+
+    # Sampling.
+
+    @property
+    def sampler_evaluations(self) -> float:
+        """Network evaluations per sample in the latest call of :meth:`sample`."""
+        return float(getattr(getattr(self, "sampler", None), "evaluations", 0.0))
+
+    def sample_batches(self, count: int, batch_size: int = 256) -> Iterator[Tensor]:
+        """This rank's share of the sample numbers 0..count-1, in batches."""
+        mine = torch.arange(self.global_rank, count, self.trainer.world_size)
+        yield from mine.split(batch_size)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Samples for a batch of sample numbers, ``batch["index"]``."""
+        return {**self.sample(batch["index"]), "index": batch["index"]}
+
+    # Optimisation.
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimiser over all parameters that require a gradient, with warm-up and decay per update."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        total = self.trainer.estimated_stepping_batches if self.decay == "cosine" else math.inf
+        if total == math.inf and self.decay == "cosine":
+            raise ValueError("decay: cosine needs an end of the run: set trainer.max_steps or trainer.max_epochs")
+
+        def factor(update: int) -> float:
+            rising = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
+            falling = 0.5 * (1.0 + math.cos(math.pi * min(1.0, update / total))) if self.decay == "cosine" else 1.0
+            return rising * falling
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether ``torch.load(weights_only=True)`` reads it back."""
+    if isinstance(value, dict):
+        return all(_is_plain(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, bool | int | float | str | Tensor)
+
+
+def _inputs(metric: Metric, batch: Batch) -> Batch:
+    return {name: batch[name] for name in getattr(metric, "inputs", ("x",))}
+
+
+def _named(metric: Metric, group: str) -> dict[str, Tensor]:
+    value = metric.compute()
+    name = str(getattr(metric, "name", type(metric).__name__))
+    if isinstance(value, dict):
+        return {f"{group}/{name}/{key}": torch.as_tensor(entry).float() for key, entry in value.items()}
+    return {f"{group}/{name}": torch.as_tensor(value).float()}
+
+
+def _copy_state(metric: Metric) -> dict[str, Any]:
+    return {
+        key: value.clone() if isinstance(value, Tensor) else list(value) for key, value in metric.metric_state.items()
+    }
+
+
+def _restore_state(metric: Metric, state: dict[str, Any]) -> None:
+    metric.reset()
+    for key, value in state.items():
+        setattr(metric, key, value)
+    metric._update_count = 1

@@ -1,0 +1,12 @@
+"""Metrics by kind of data: ``torchmetrics.Metric`` subclasses whose states are sums, so they are exact under DDP.
+
+A metric of samples has ``inputs``, the batch entries it reads, and is fed ``metric.update(**{k: batch[k] for k in
+metric.inputs}, real=...)`` with real and with generated batches: one sampling pass serves all of them.
+"""
+
+from lightning_sgm.metrics.base import DoubleMetric
+from lightning_sgm.metrics.images import FrechetDistance
+from lightning_sgm.metrics.likelihood import TokenLikelihood
+from lightning_sgm.metrics.text import NGramJudge, UnigramEntropy
+
+__all__ = ["DoubleMetric", "FrechetDistance", "NGramJudge", "TokenLikelihood", "UnigramEntropy"]

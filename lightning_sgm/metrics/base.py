@@ -1,0 +1,32 @@
+"""What the metrics share: float64 sums that survive every precision setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class DoubleMetric(Metric):
+    """A metric whose states are float64 sums (or counts up to 2^53), added over processes.
+
+    Subclasses call ``add_sum`` in their constructor and write ``update`` and ``compute``.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def add_sum(self, name: str, *shape: int) -> None:
+        """Add a zero state ``name`` of ``shape`` that processes reduce by addition."""
+        self.add_state(name, torch.zeros(shape, dtype=torch.float64, device=self.device), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> DoubleMetric:
+        # module.to(torch.bfloat16), which precision bf16-true calls, would round the sums.
+        super()._apply(fn, exclude_state)
+        for name, default in self._defaults.items():
+            assert isinstance(default, Tensor)
+            self._defaults[name] = default.double()
+            setattr(self, name, getattr(self, name).double())
+        return self

@@ -1,0 +1,120 @@
+"""Likelihoods of held-out tokens with an honest error bar."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+from torch import Tensor
+
+from lightning_sgm.metrics.base import DoubleMetric
+
+
+class TokenLikelihood(DoubleMetric):
+    """Negative log-likelihood per token, perplexity, bits per token and per byte, with Monte-Carlo standard errors.
+
+    The estimate of one example is noisy (masks are drawn), so a data set is passed several times: call ``update``
+    once per batch and pass. The mean is over tokens and passes: sum of ``tokens * nll`` / sum of ``tokens``. With
+    masked losses it estimates an upper bound of the NLL (Ou et al. 2025, eq. 3.5 and below).
+
+    ``standard_error`` is that of the Monte-Carlo estimate of *this data set's* NLL. The unit is a batch: the total
+    NLL S_g of the examples given in one call is compared with the totals of the same examples in other passes. With
+    n_g passes of batch g, T_g tokens in it and M_g = sum over passes of (S_g - mean of S_g)^2,
+
+        v = sum_g M_g / sum_g (n_g - 1) T_g   (variance per token),   standard_error = sqrt(v / tokens drawn in all).
+
+    Draws may depend on each other within a batch (levels stratified over it make the error smaller, and this sees
+    it), not between batches or passes. A data set in one batch leaves only n - 1 degrees of freedom. If no batch
+    came twice (one pass, or batches mixed anew in each pass) the standard error is the spread over examples,
+    sqrt(token-weighted variance of nll / (examples - 1)): it then also holds the variation of the data and means
+    the error of the *population's* NLL, examples taken as independent. Errors of perplexity and bits follow by the
+    delta method (perplexity's is perplexity * standard_error).
+
+    Under DDP each process compares its own batches; all sums are added. Use ``update`` and ``compute``; calling the
+    metric is refused, because it would forget the earlier passes.
+
+    Args:
+        bytes_per_token: mean number of bytes of text that a token stands for, 1 for byte tokens; None if unknown, then
+            there are no bits per byte.
+    """
+
+    higher_is_better = False
+    total: Tensor
+    squares: Tensor
+    tokens: Tensor
+    examples: Tensor
+    within: Tensor
+    freedom: Tensor
+
+    def __init__(self, bytes_per_token: float | None = None) -> None:
+        super().__init__()
+        if bytes_per_token is not None and not bytes_per_token > 0:
+            raise ValueError(f"bytes_per_token is {bytes_per_token}: it must be positive (1 for byte tokens)")
+        self.bytes_per_token = bytes_per_token
+        for name in ("total", "squares", "tokens", "examples", "within", "freedom"):
+            self.add_sum(name)
+        self._passes: dict[tuple[int, ...], tuple[int, float]] = {}
+
+    def update(self, nll: Tensor, index: Tensor, tokens: int) -> None:
+        """Add one pass of one batch.
+
+        Args:
+            nll: (B,) nats per token of each example, one draw.
+            index: (B,) int64, which examples of the data set these are.
+            tokens: number of tokens of every example.
+        """
+        if nll.shape != index.shape or nll.dim() != 1:
+            raise ValueError(f"nll {tuple(nll.shape)} and index {tuple(index.shape)} must both have the shape (batch,)")
+        nll = nll.detach().double()
+        total = nll.sum() * tokens
+        self.total += total
+        self.squares += nll.square().sum() * tokens
+        self.tokens += tokens * len(nll)
+        self.examples += len(nll)
+        # Welford's update: the passes of one batch never have to be kept.
+        batch = tuple(sorted(index.tolist()))
+        passes, mean = self._passes.get(batch, (0, 0.0))
+        value = float(total)
+        difference = value - mean
+        mean += difference / (passes + 1)
+        self._passes[batch] = (passes + 1, mean)
+        if passes:
+            self.within += difference * (value - mean)
+            self.freedom += tokens * len(nll)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The estimates, float64 scalars.
+
+        Returns:
+            nll (nats per token), perplexity, bits_per_token, standard_error (of nll), perplexity_standard_error; with
+            ``bytes_per_token`` also bits_per_byte and bits_per_byte_standard_error. The errors are NaN for a single
+            example.
+        """
+        if self.tokens == 0:
+            raise ValueError("TokenLikelihood has seen no example: call update before compute")
+        nll = self.total / self.tokens
+        if self.freedom > 0:
+            variance = self.within / self.freedom / self.tokens
+        else:
+            variance = (self.squares / self.tokens - nll.square()).clamp(min=0) / (self.examples - 1)
+        error, perplexity = variance.sqrt(), nll.exp()
+        result = {
+            "nll": nll,
+            "perplexity": perplexity,
+            "bits_per_token": nll / math.log(2),
+            "standard_error": error,
+            "perplexity_standard_error": perplexity * error,
+        }
+        if self.bytes_per_token is not None:
+            per_byte = 1 / (math.log(2) * self.bytes_per_token)
+            result |= {"bits_per_byte": nll * per_byte, "bits_per_byte_standard_error": error * per_byte}
+        return result
+
+    def reset(self) -> None:
+        """Forget all examples and passes."""
+        super().reset()
+        self._passes = {}
+
+    def forward(self, nll: Tensor, index: Tensor, tokens: int) -> NoReturn:
+        """Refused: torchmetrics resets between calls, and the passes would be lost."""
+        raise ValueError("TokenLikelihood cannot be called: use update(nll, index, tokens), then compute()")

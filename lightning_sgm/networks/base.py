@@ -1,0 +1,51 @@
+"""What a network is: an ``nn.Module`` that knows shapes, not schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import nn
+
+Spec = dict[str, Any]
+"""What the data tell a model: plain numbers, strings and lists, e.g. ``{"kind": "image", "shape": [1, 8, 8], ...}``."""
+
+
+class Network(nn.Module):
+    """Base of all networks: ``network(x, label, **conditions)`` returns a tensor shaped like ``x``.
+
+    ``x`` (B, *) and the noise label (B,) float (whatever the denoiser's preconditioning makes of the time) are
+    positional-only, so that a condition may itself be called ``label`` (the class). A subclass takes the ``spec`` of
+    the data as first constructor argument and everything else as keywords with defaults; it may then be named on the
+    command line without repeating a number.
+
+    Attributes:
+        conditions: names of the batch entries which are passed on as keywords; set on the class, or on the instance
+            where it depends on constructor arguments.
+    """
+
+    conditions: tuple[str, ...] = ()
+
+
+class TokenNetwork(Network):
+    """Base of the networks for tokens: ``network(x, positions=None, **conditions)``.
+
+    ``x`` is (B, L) long in [0, V], where V is the mask. The answer is the logits of the V real tokens, (B, L, V), or
+    (N, V) where ``positions`` (N,) int64, flat indices into B * L, says where they are wanted. There is no noise label:
+    the masks tell the network all there is to know about the time (RADD, Theorem 1).
+    """
+
+
+def build(network: Network | Callable[[Spec], Network], spec: Spec) -> Network:
+    """The network itself if it is finished, else what the factory makes of ``spec``."""
+    return cast(Network, network) if isinstance(network, nn.Module) else network(spec)
+
+
+def entry(spec: Spec, key: str, user: str) -> Any:
+    """``spec[key]``, or a ValueError that names the network ``user`` and the kind of data it was given."""
+    if key not in spec:
+        raise ValueError(
+            f"{user} needs {key!r} in the data's spec, but data of kind {spec.get('kind', 'unknown')!r} have no such "
+            f"entry: choose other data or another network"
+        )
+    return spec[key]

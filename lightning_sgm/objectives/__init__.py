@@ -1,0 +1,33 @@
+"""Training losses: they draw times or masks and return named values per example."""
+
+from lightning_sgm.objectives.denoising import (
+    DenoisingObjective,
+    EDMWeight,
+    LikelihoodWeight,
+    LogNormalRatio,
+    MinSNR,
+    NoiseWeight,
+    Times,
+    UniformLogSNR,
+    UniformTime,
+    VelocityWeight,
+    VWeight,
+    Weight,
+)
+from lightning_sgm.objectives.masked import MaskedObjective
+
+__all__ = [
+    "DenoisingObjective",
+    "EDMWeight",
+    "LikelihoodWeight",
+    "LogNormalRatio",
+    "MaskedObjective",
+    "MinSNR",
+    "NoiseWeight",
+    "Times",
+    "UniformLogSNR",
+    "UniformTime",
+    "VWeight",
+    "VelocityWeight",
+    "Weight",
+]

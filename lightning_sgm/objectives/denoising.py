@@ -1,0 +1,261 @@
+"""Denoising score matching: a law of times, a weight per level, one squared error (Song et al. 2021, 2011.13456).
+
+Errors of noise, x_0 and velocity are multiples of each other at one level: err_x0 = -(sigma / alpha) err_noise. A
+weight therefore names the error which stays accurate at its levels (attribute ``of``) and multiplies its square.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_sgm.denoiser import BaseDenoiser
+from lightning_sgm.processes.gaussian import GaussianProcess, Level, as_time, match
+from lightning_sgm.random import Draw
+
+
+class Times:
+    """The law of the training times."""
+
+    def __call__(self, process: GaussianProcess, count: int, draw: Draw) -> Tensor:
+        """(count,) float64 times in [0, 1] on the device of ``draw``."""
+        raise NotImplementedError
+
+
+def _uniform(count: int, draw: Draw, stratified: bool) -> Tensor:
+    return draw.strata(count) if stratified else draw.uniform((count,), torch.float64)
+
+
+class UniformTime(Times):
+    """t uniform in [t_min, 1].
+
+    Args:
+        stratified: spread the times of a batch evenly (:meth:`~lightning_sgm.random.Draw.strata`), which makes its mean
+            loss less noisy; each time alone has the same law as without. Exact draws spread those of consecutive keys.
+        t_min: smallest time; None for the process's own.
+    """
+
+    def __init__(self, stratified: bool = True, t_min: float | None = None) -> None:
+        if t_min is not None and not 0 <= t_min < 1:
+            raise ValueError(f"t_min must lie in [0, 1), got {t_min}")
+        self.stratified, self.t_min = stratified, t_min
+
+    def __call__(self, process: GaussianProcess, count: int, draw: Draw) -> Tensor:
+        """(count,) float64 times."""
+        t_min = process.t_min if self.t_min is None else self.t_min
+        return t_min + (1.0 - t_min) * _uniform(count, draw, self.stratified)
+
+
+class LogNormalRatio(Times):
+    """ln(sigma / alpha) normal (Karras et al. 2022, table 1); with the flow process, logit(t) (Esser et al. 2024).
+
+    Noise levels that the process does not have are moved to its nearest, at ``process.t_min`` or 1.
+
+    Args:
+        mean: of ln(sigma / alpha); -1.2 in the paper, for data of standard deviation 0.5.
+        std: its standard deviation, positive.
+        stratified: see :class:`UniformTime`.
+    """
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2, stratified: bool = True) -> None:
+        if std <= 0:
+            raise ValueError(f"std of ln(sigma / alpha) must be positive, got {std}")
+        self.mean, self.std, self.stratified = mean, std, stratified
+
+    def __call__(self, process: GaussianProcess, count: int, draw: Draw) -> Tensor:
+        """(count,) float64 times."""
+        normal = torch.special.ndtri(_uniform(count, draw, self.stratified))
+        log_ratio = self.mean + self.std * normal
+        return process.t_from_log_snr(-2.0 * log_ratio).clamp(process.t_min, 1.0)
+
+
+class UniformLogSNR(Times):
+    """ln(sigma / alpha) uniform: density of t proportional to g^2 / sigma^2 (Song et al. 2021b, 2101.09258, sec. 5.1).
+
+    With :class:`NoiseWeight` this is likelihood weighting up to a constant, without its infinite variance.
+
+    Args:
+        ratio_min: smallest sigma / alpha; None for the process's at ``t_min``.
+        ratio_max: largest sigma / alpha; None for the process's at 1, needed where that is infinite.
+        stratified: see :class:`UniformTime`.
+    """
+
+    def __init__(self, ratio_min: float | None = None, ratio_max: float | None = None, stratified: bool = True) -> None:
+        self.ratio_min, self.ratio_max, self.stratified = ratio_min, ratio_max, stratified
+
+    def log_range(self, process: GaussianProcess) -> tuple[float, float]:
+        """Smallest and largest ln(sigma / alpha).
+
+        Raises:
+            ValueError: if they are not increasing, or not levels of the process.
+        """
+        # log_snr on the CPU: no accelerator is waited for.
+        clean, start, end = (-0.5 * float(process.log_snr(as_time(t))) for t in (0.0, process.t_min, 1.0))
+        low = start if self.ratio_min is None else _log(self.ratio_min)
+        high = end if self.ratio_max is None else _log(self.ratio_max)
+        if not clean - 1e-9 <= low < high <= end + 1e-9 or high == float("inf") or low == float("-inf"):
+            raise ValueError(
+                "ratio_min and ratio_max must be finite levels sigma / alpha of the process, one below the other, but "
+                f"ln(sigma / alpha) was asked for from {low:.4g} to {high:.4g} and "
+                f"{type(process).__name__} has {clean:.4g} to {end:.4g}"
+            )
+        return low, high
+
+    def __call__(self, process: GaussianProcess, count: int, draw: Draw) -> Tensor:
+        """(count,) float64 times."""
+        low, high = self.log_range(process)
+        return process.t_from_log_snr(-2.0 * (low + (high - low) * _uniform(count, draw, self.stratified)))
+
+
+def _log(ratio: float) -> float:
+    return float(torch.log(as_time(ratio)))
+
+
+class Weight:
+    """What the squared error at a level counts.
+
+    Attributes:
+        of: the error that is squared.
+    """
+
+    of: Literal["noise", "x0", "velocity"]
+
+    def __call__(self, level: Level, process: GaussianProcess) -> Tensor:
+        """Factor of the squared error, float64 of the shape of the level."""
+        raise NotImplementedError
+
+
+class NoiseWeight(Weight):
+    """lambda = sigma^2: (sigma score + eps)^2, the default of Ho et al. 2020 and Song et al. 2021."""
+
+    of = "noise"
+
+    def __call__(self, level: Level, process: GaussianProcess) -> Tensor:
+        """1."""
+        return torch.ones_like(level.t)
+
+
+class LikelihoodWeight(Weight):
+    """lambda = g^2 (Song et al. 2021b, 2101.09258): an upper bound of the negative log-likelihood.
+
+    Only for processes whose noise starts above 0 (VE, EDM): elsewhere its variance explodes near t = 0, and
+    :class:`NoiseWeight` under :class:`UniformLogSNR` times has the same expectation.
+    """
+
+    of = "noise"
+
+    def __call__(self, level: Level, process: GaussianProcess) -> Tensor:
+        """g^2 / sigma^2."""
+        return (process.diffusion(level.t) / level.sigma) ** 2
+
+
+class EDMWeight(Weight):
+    """1 / c_out^2: the plain squared error of a network under EDM preconditioning (Karras et al. 2022, table 1).
+
+    (r^2 + sigma_data^2) / (r sigma_data)^2 on the x_0 error with r = sigma / alpha, finite at alpha = 0.
+
+    Args:
+        sigma_data: standard deviation of the data, as in :class:`~lightning_sgm.denoiser.EDMPreconditioning`.
+    """
+
+    of = "x0"
+
+    def __init__(self, sigma_data: float = 0.5) -> None:
+        if sigma_data <= 0:
+            raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+        self.sigma_data = sigma_data
+
+    def __call__(self, level: Level, process: GaussianProcess) -> Tensor:
+        """(sigma^2 + alpha^2 sigma_data^2) / (sigma sigma_data)^2."""
+        return (level.sigma**2 + (level.alpha * self.sigma_data) ** 2) / (level.sigma * self.sigma_data) ** 2
+
+
+class MinSNR(Weight):
+    """min(SNR, gamma) on the x_0 error (Hang et al. 2023, 2303.09556), whatever the network predicts.
+
+    Args:
+        gamma: largest weight of the x_0 error, positive; 5 in the paper.
+    """
+
+    of = "noise"
+
+    def __init__(self, gamma: float = 5.0) -> None:
+        if gamma <= 0:
+            raise ValueError(f"gamma must be positive, got {gamma}")
+        self.gamma = gamma
+
+    def __call__(self, level: Level, process: GaussianProcess) -> Tensor:
+        """min(1, gamma / SNR) on the noise error."""
+        return (self.gamma * level.ratio**2).clamp_max(1.0)
+
+
+class VelocityWeight(Weight):
+    """The error of dx/dt = alpha' x_0 + sigma' eps: conditional flow matching (Lipman et al. 2023, 2210.02747)."""
+
+    of = "velocity"
+
+    def __call__(self, level: Level, process: GaussianProcess) -> Tensor:
+        """1."""
+        return torch.ones_like(level.t)
+
+
+class VWeight(Weight):
+    """The error of v = alpha eps - sigma x_0, "SNR + 1" (Salimans and Ho 2022, 2202.00512)."""
+
+    of = "velocity"
+
+    def __call__(self, level: Level, process: GaussianProcess) -> Tensor:
+        """The square of (alpha^2 + sigma^2) / (alpha sigma' - sigma alpha')."""
+        d_alpha, d_sigma = process.derivatives(level.t)
+        return ((level.alpha**2 + level.sigma**2) / (level.alpha * d_sigma - level.sigma * d_alpha)) ** 2
+
+
+class DenoisingObjective:
+    """Weighted squared error of a denoiser at random levels.
+
+    Args:
+        times: law of t.
+        weight: of the squared error at a level.
+        reduction: over the dimensions of an example: "mean" (a zero noise network then has loss 1), or "half_sum", half
+            the sum, which Song et al. use for VE. Clipping gradients at 1 means something else then.
+    """
+
+    def __init__(
+        self,
+        times: Times = UniformTime(),
+        weight: Weight = NoiseWeight(),
+        reduction: Literal["mean", "half_sum"] = "mean",
+    ) -> None:
+        if reduction not in ("mean", "half_sum"):
+            raise ValueError(f"reduction must be mean or half_sum, got {reduction!r}")
+        self.times, self.weight = times, weight
+        self.reduction: Literal["mean", "half_sum"] = reduction
+
+    def __call__(self, denoiser: BaseDenoiser, x0: Tensor, draw: Draw, **conditions: Tensor) -> dict[str, Tensor]:
+        """Losses per example.
+
+        Args:
+            denoiser: what is trained.
+            x0: (B, *) floating clean data.
+            draw: source of times and noise.
+            conditions: passed on to the network.
+
+        Returns:
+            "loss" (B,), float32 or the better type of ``x0``.
+        """
+        process = denoiser.process
+        level = process.level(self.times(process, len(x0), draw), x0.device)
+        noise = draw.normal(x0.shape, x0.dtype).to(x0.device)
+        x = process.perturb(x0, level, noise)
+        if self.weight.of == "noise":
+            error = denoiser.noise(x, level.t, **conditions) - noise
+        elif self.weight.of == "x0":
+            error = denoiser.x0(x, level.t, **conditions) - x0
+        else:
+            d_alpha, d_sigma = process.derivatives(level.t)
+            error = denoiser.velocity(x, level.t, **conditions) - match(d_alpha, x) * x0 - match(d_sigma, x) * noise
+        squared = error.to(torch.promote_types(error.dtype, torch.float32)).square().flatten(1)
+        loss = squared.mean(1) if self.reduction == "mean" else 0.5 * squared.sum(1)
+        return {"loss": loss * self.weight(level, process).to(loss.dtype)}

@@ -1,0 +1,62 @@
+"""Finds recipes: the YAML files of a checkout or of the installed package. Standard library only."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+
+def folders() -> list[Path]:
+    """Where recipes are looked for: ./recipes of the working directory, the checkout, the installed package."""
+    package = Path(__file__).resolve().parent
+    places = [Path.cwd() / "recipes", package.parent / "recipes", package / "recipes_data"]
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir() and place.resolve() not in [f.resolve() for f in found]:
+            found.append(place)
+    return found
+
+
+def available() -> dict[str, Path]:
+    """Recipes by name ("radd", "paper/radd_small_owt"), the first folder wins."""
+    names: dict[str, Path] = {}
+    for folder in folders():
+        for path in sorted(folder.rglob("*.yaml")):
+            names.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+    return names
+
+
+def describe(path: Path) -> str:
+    """First comment line of a recipe."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("#"):
+                return line.lstrip("# ").strip()
+            if line.strip():
+                break
+    return ""
+
+
+def find(name: str) -> Path:
+    """The file of a recipe given as a path, or as a name with or without ``recipes/`` and ``.yaml``.
+
+    Raises:
+        FileNotFoundError: naming the nearest recipes.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    short = name.removeprefix("./").removeprefix("recipes/").removesuffix(".yaml").removesuffix(".yml")
+    recipes = available()
+    if short in recipes:
+        return recipes[short]
+    near = difflib.get_close_matches(short, recipes, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`python -m lightning_sgm recipes` lists them."
+    raise FileNotFoundError(f"no recipe or file {name!r}; {hint}")
+
+
+def listing() -> str:
+    """One line per recipe: name and description."""
+    recipes = available()
+    width = max((len(name) for name in recipes), default=0)
+    return "\n".join(f"{name:<{width}}  {describe(path)}" for name, path in recipes.items())

@@ -1,0 +1,38 @@
+"""Samplers: how time is run backwards."""
+
+from lightning_sgm.samplers.diffusers import DiffusersRule
+from lightning_sgm.samplers.evaluation import Evaluation
+from lightning_sgm.samplers.grids import Grid, Karras, LogUniform, UniformTime
+from lightning_sgm.samplers.hooks import Clamp, Hook, Langevin
+from lightning_sgm.samplers.loop import Sampler
+from lightning_sgm.samplers.rules import (
+    Ancestral,
+    DPMpp2M,
+    Euler,
+    EulerMaruyama,
+    Heun,
+    ReverseDiffusion,
+    Rule,
+)
+from lightning_sgm.samplers.unmasking import UnmaskingSampler
+
+__all__ = [
+    "Ancestral",
+    "Clamp",
+    "DPMpp2M",
+    "DiffusersRule",
+    "Euler",
+    "EulerMaruyama",
+    "Evaluation",
+    "Grid",
+    "Heun",
+    "Hook",
+    "Karras",
+    "Langevin",
+    "LogUniform",
+    "ReverseDiffusion",
+    "Rule",
+    "Sampler",
+    "UniformTime",
+    "UnmaskingSampler",
+]

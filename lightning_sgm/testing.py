@@ -1,0 +1,227 @@
+"""Checks for parts you wrote yourself: call them in your own tests, as ours do for every part we ship.
+
+Each raises AssertionError with a sentence that says what is wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sgm.networks.base import Network, Spec, TokenNetwork, build
+from lightning_sgm.processes.gaussian import CLEAN, GaussianProcess
+from lightning_sgm.random import Draw
+
+
+def check_process(process: GaussianProcess) -> None:
+    """Check that a Gaussian process is one: schedules, inverse, SDE, transition and posterior fit together.
+
+    Raises:
+        AssertionError: if alpha or sigma are not smooth float64 functions with sigma / alpha increasing, lose digits
+            near t = 0 or do not keep the shape of t; if ``t_from_log_snr`` is not the inverse of ``log_snr``; if drift
+            and diffusion do not carry the marginals; if transitions do not compose or posteriors are not Bayes' rule;
+            if the prior is not N(0, sigma(1)^2).
+    """
+    name = type(process).__name__
+    _check_schedules(process, name)
+    _check_inverse(process, name)
+    _check_sde(process, name)
+    _check_transitions(process, name)
+    _check_posterior(process, name)
+    _check_prior(process, name)
+
+
+def check_network(
+    network: Network | Callable[[Spec], Network], spec: Spec, conditions: dict[str, Tensor] | None = None
+) -> None:
+    """Check that a network answers a batch of this kind of data, example by example, and that all of it can learn.
+
+    Args:
+        network: a finished network (a copy of it is checked) or a factory that receives ``spec``.
+        spec: of the data, kind "image" or "text".
+        conditions: three rows of each condition the network asks for; not needed for the class ``label``.
+
+    Raises:
+        AssertionError: if outputs have a wrong shape or are not finite, if an example's output depends on the rest of
+            the batch in eval mode, if logits at ``positions`` are not those of the full answer, or if a parameter
+            gets no gradient.
+        ValueError: if a condition is missing or the kind of data unknown.
+    """
+    checked = copy.deepcopy(build(network, spec))
+    draw = Draw(0)
+    with torch.no_grad():
+        # Layers that start at zero would hide what is behind them.
+        for parameter in checked.parameters():
+            parameter.add_(0.02 * draw.normal(parameter.shape).to(parameter))
+    arguments, shape = _inputs(checked, spec, draw)
+    given = _conditions(checked, spec, conditions or {})
+    checked.eval()
+    output = checked(*arguments, **given)
+    name = type(checked).__name__
+    assert output.shape == shape, f"{name} returned shape {tuple(output.shape)} where {tuple(shape)} was expected"
+    assert output.isfinite().all(), f"{name} returned numbers that are not finite"
+    for row in range(len(output)):
+        alone = checked(*(a[row : row + 1] for a in arguments), **{k: v[row : row + 1] for k, v in given.items()})
+        _close(
+            alone[0],
+            output[row],
+            1e-4,
+            f"{name}: example {row} alone gives another answer than in a batch (eval mode)",
+            1.0,
+        )
+    if isinstance(checked, TokenNetwork):
+        positions = torch.tensor([1, output.shape[1], output.shape[0] * output.shape[1] - 1])
+        some = checked(*arguments, positions=positions, **given)
+        _close(
+            some,
+            output.flatten(0, 1)[positions],
+            1e-4,
+            f"{name}: logits at positions are not those of the full answer",
+            1.0,
+        )
+    (output * draw.normal(output.shape)).sum().backward()
+    _check_gradients(checked, name)
+
+
+def _close(actual: Tensor, expected: Tensor, tolerance: float, text: str, floor: float = 1e-3) -> None:
+    """Assert |actual - expected| <= tolerance * max(|expected|, floor * largest |expected|)."""
+    actual, expected = actual.detach(), expected.detach()
+    assert actual.shape == expected.shape, f"{text}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    size = expected.abs().clamp_min(floor * float(expected.abs().max()))
+    wrong = ~((actual - expected).abs() <= tolerance * size)
+    if wrong.any():
+        worst = int(((actual - expected).abs() / size).nan_to_num(torch.inf).argmax())
+        raise AssertionError(
+            f"{text}: found {float(actual.flatten()[worst]):.8g}, expected {float(expected.flatten()[worst]):.8g}"
+        )
+
+
+def _inside(count: int = 33) -> Tensor:
+    """Times at which every derivative of a schedule is finite."""
+    return torch.linspace(0.01, 0.99, count, dtype=torch.float64)
+
+
+def _check_schedules(process: GaussianProcess, name: str) -> None:
+    t = torch.linspace(process.t_min, 1.0, 2001, dtype=torch.float64)
+    for symbol, function in (("alpha", process.alpha), ("sigma", process.sigma)):
+        value = function(t)
+        assert value.dtype == torch.float64, f"{name}.{symbol} of float64 times is {value.dtype}, not float64"
+        for times in (t[5], t[:6].reshape(2, 3)):
+            shape = function(times).shape
+            assert shape == times.shape, (
+                f"{name}.{symbol} of times of shape {tuple(times.shape)} has shape {tuple(shape)}"
+            )
+        ends = function(torch.tensor([0.0, 1.0], dtype=torch.float64))
+        assert ends.isfinite().all(), f"{name}.{symbol} is not finite at t = 0 or 1: {ends.tolist()}"
+        assert (value >= 0).all(), f"{name}.{symbol} is negative at t = {float(t[value.argmin()]):.4g}"
+        single = torch.logspace(-5, 0, 101, dtype=torch.float32)
+        text = f"{name}.{symbol} loses digits in float32 (use expm1, log1p or a factored form)"
+        _close(function(single).double(), function(single.double()), 1e-5, text)
+    assert process.t_min >= 0, f"{name}.t_min is negative: {process.t_min}"
+    assert (process.sigma(t) > 0).all(), f"{name}.sigma must be positive from t_min = {process.t_min} on"
+    assert (process.alpha(t).diff() <= 0).all(), f"{name}.alpha increases somewhere; it must decrease or stay"
+    log_snr = process.log_snr(t)
+    assert (log_snr.diff() < 0).all(), f"{name}: sigma / alpha does not increase everywhere"
+
+
+def _check_inverse(process: GaussianProcess, name: str) -> None:
+    t = torch.cat([torch.logspace(-4, -2, 21, dtype=torch.float64), _inside(99)])
+    text = f"{name}.t_from_log_snr is not the inverse of log_snr"
+    _close(process.t_from_log_snr(process.log_snr(t)), t, 1e-6, text)
+    _close(
+        process.t_from_ratio(process.level(t).ratio),
+        t,
+        1e-6,
+        f"{name}.t_from_ratio is not the inverse of sigma / alpha",
+    )
+    outside = process.t_from_log_snr(torch.tensor([-200.0, 200.0], dtype=torch.float64))
+    text = f"{name}.t_from_log_snr must stay in [0, 1] for levels the process does not have, found {outside.tolist()}"
+    assert ((outside >= 0) & (outside <= 1)).all(), text
+
+
+def _check_sde(process: GaussianProcess, name: str) -> None:
+    t, step = _inside(), 1e-5
+    before, at, after = process.level(t - step), process.level(t), process.level(t + step)
+    f, g = process.drift(t), process.diffusion(t)
+    d_alpha = (after.alpha - before.alpha) / (2 * step)
+    d_variance = (after.sigma**2 - before.sigma**2) / (2 * step)
+    _close(f * at.alpha, d_alpha, 1e-5, f"{name}.drift does not carry the mean: f alpha is not d alpha / dt")
+    text = f"{name}.diffusion does not carry the variance: 2 f sigma^2 + g^2 is not d sigma^2 / dt"
+    _close(2 * f * at.sigma**2 + g**2, d_variance, 1e-5, text)
+
+
+def _check_transitions(process: GaussianProcess, name: str) -> None:
+    for s, u, t in ((0.01, 0.02, 0.03), (0.1, 0.4, 0.9), (0.5, 0.98, 0.99), (0.3, 0.3001, 0.3002)):
+        at_s, at_u, at_t = process.level(s), process.level(u), process.level(t)
+        scale, std = process.transition(at_s, at_t)
+        _close(scale * at_s.alpha, at_t.alpha, 1e-9, f"{name}.transition does not carry alpha from t = {s} to {t}")
+        total = scale**2 * at_s.sigma**2 + std**2
+        _close(total, at_t.sigma**2, 1e-9, f"{name}.transition does not carry sigma from t = {s} to {t}")
+        (first, first_std), (second, second_std) = process.transition(at_s, at_u), process.transition(at_u, at_t)
+        _close(first * second, scale, 1e-9, f"{name}: transitions {s} -> {u} -> {t} do not compose")
+        variance = second**2 * first_std**2 + second_std**2
+        _close(variance, std**2, 1e-6, f"{name}: variances of transitions {s} -> {u} -> {t} do not compose")
+        scale, std = process.transition(CLEAN, at_t)
+        _close(torch.stack([scale, std]), torch.stack(at_t[1:]), 1e-9, f"{name}.transition from clean data to t = {t}")
+        text = f"{name}.transition from t = {t} to itself must be the identity"
+        _close(torch.stack(process.transition(at_t, at_t)), torch.tensor([1.0, 0.0]).double(), 1e-9, text)
+
+
+def _check_posterior(process: GaussianProcess, name: str) -> None:
+    x0, x = torch.tensor([[-0.7, 0.2]]).double(), torch.tensor([[1.1, -0.4]]).double()
+    for s, t in ((0.01, 0.03), (0.1, 0.9), (0.5, 0.99), (0.3, 0.3001)):
+        at_s, at_t = process.level(s), process.level(t)
+        scale, std = process.transition(at_s, at_t)
+        precision = at_s.sigma**-2 + (scale / std) ** 2
+        expected = (at_s.alpha * x0 / at_s.sigma**2 + scale * x / std**2) / precision
+        mean, posterior_std = process.posterior(x0, x, at_t, at_s)
+        _close(mean, expected, 1e-6, f"{name}.posterior mean of t = {s} given {t} is not Bayes' rule")
+        _close(posterior_std, precision**-0.5, 1e-6, f"{name}.posterior std of t = {s} given {t} is not Bayes' rule")
+    mean, std = process.posterior(x0, x, at_t, CLEAN)
+    _close(mean, x0, 1e-9, f"{name}.posterior of the clean level must be the data themselves")
+    assert float(std) == 0, f"{name}.posterior of the clean level must have std 0, found {float(std):.4g}"
+
+
+def _check_prior(process: GaussianProcess, name: str) -> None:
+    noise = process.prior((20000, 5), Draw(0, keys=torch.arange(20000)))
+    sigma = float(process.level(1.0).sigma)
+    assert noise.shape == (20000, 5), f"{name}.prior returned shape {tuple(noise.shape)} where (20000, 5) was asked for"
+    assert noise.dtype == torch.float32, f"{name}.prior must be float32, found {noise.dtype}"
+    found = (float(noise.double().mean()), float(noise.double().std()))
+    text = f"{name}.prior must be N(0, {sigma:.4g}^2), found mean {found[0]:.4g}, std {found[1]:.4g}"
+    assert abs(found[0]) < 0.015 * sigma, text
+    assert abs(found[1] - sigma) < 0.01 * sigma, text
+
+
+def _inputs(network: nn.Module, spec: Spec, draw: Draw) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Three rows of positional arguments for a network, and the shape its output must have."""
+    if spec.get("kind") == "text":
+        length, vocabulary = spec["length"], spec["vocabulary"]
+        x = draw.integers(vocabulary + 1, (3, length))
+        x[:, 0], x[:, -1] = vocabulary, 0
+        return (x,), (3, length, vocabulary)
+    if spec.get("kind") == "image":
+        x = draw.normal((3, *spec["shape"]))
+        return (x, torch.tensor([0.1, 1.0, 5.0])), (3, *spec["shape"])
+    raise ValueError(f"check_network knows data of kind image and text, got {spec.get('kind')!r}")
+
+
+def _conditions(network: nn.Module, spec: Spec, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Three rows of each condition; the last class label is the null class."""
+    found = dict(given)
+    for name in getattr(network, "conditions", ()):
+        if name == "label" and name not in found:
+            found[name] = torch.tensor([0, spec["classes"] - 1, spec["classes"]])
+        if name not in found:
+            raise ValueError(f"{type(network).__name__} asks for the condition {name!r}: give three rows of it")
+    return found
+
+
+def _check_gradients(network: nn.Module, name: str) -> None:
+    for key, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            reached = parameter.grad is not None and bool(parameter.grad.ne(0).any())
+            assert reached, f"{name}: no gradient reaches the parameter {key}; use it, or set requires_grad = False"

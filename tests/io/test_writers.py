@@ -1,0 +1,198 @@
+import html
+import re
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from tensorboard.plugin_util import markdown_to_safe_html  # type: ignore[import-untyped]
+
+from lightning_sgm.io.writers import ImageWriter, TextWriter, readable, writer_for
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image))
+
+
+def tokens(*texts):
+    return {"x": torch.tensor([list(text) for text in texts])}
+
+
+def events(folder):
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return accumulator
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_single_images_are_pixel_exact(tmp_path, channels):
+    levels = torch.arange(256).repeat(channels * 2).view(2, channels, 16, 16).roll(5, 3)
+    batch = {"x": levels.float() / 255 * 2 - 1, "index": torch.tensor([7, 1234567])}
+    files = ImageWriter().save_each(batch, tmp_path / "new")
+    assert [file.name for file in files] == ["000007.png", "1234567.png"]
+    for file, image in zip(files, levels, strict=True):
+        found = pixels(file)
+        assert torch.equal(found.long(), image[0] if channels == 1 else image.movedim(0, 2))
+
+
+def test_a_grid_shows_every_tile_enlarged_in_order(tmp_path):
+    values = torch.linspace(-1, 1, 5)
+    batch = {"x": values.view(5, 1, 1, 1).expand(5, 1, 8, 8)}
+    (path,) = ImageWriter(tile=32).save(batch, tmp_path / "step_0.5")
+    assert path == tmp_path / "step_0.5.png"
+    found = pixels(path)
+    assert found.shape == (2 * 32 + 3 * 2, 3 * 32 + 4 * 2)
+    centres = found[18::34, 18::34].flatten().tolist()
+    assert centres == [0, 64, 128, 191, 255, 128]
+    assert set(found[:2].flatten().tolist()) == {128}
+    first = found[2:34, 2:34]
+    assert set(first.flatten().tolist()) == {0}
+
+
+def test_enlarging_repeats_pixels(tmp_path):
+    x = torch.tensor([[[[-1.0, 1.0], [1.0, -1.0]]]])
+    (path,) = ImageWriter(tile=64).save({"x": x}, tmp_path / "x")
+    tile = pixels(path)[2:66, 2:66]
+    assert torch.equal(tile[16::32, 16::32], torch.tensor([[0, 255], [255, 0]], dtype=torch.uint8))
+    assert (tile[:32, :32] == 0).all()
+
+
+def test_large_images_stay_and_a_grid_has_a_limit(tmp_path):
+    (path,) = ImageWriter(most=4).save({"x": torch.zeros(9, 3, 96, 64)}, tmp_path / "x")
+    assert pixels(path).shape == (2 * 96 + 3 * 3, 2 * 64 + 3 * 3, 3)
+
+
+def test_values_outside_the_range_and_nan_do_not_wrap(tmp_path):
+    x = torch.tensor([-9.0, 9.0, float("nan"), float("inf"), -float("inf"), 0.0]).view(6, 1, 1, 1)
+    files = ImageWriter(low=0.0, high=2.0).save_each({"x": x}, tmp_path)
+    assert [int(pixels(file)) for file in files] == [0, 255, 0, 255, 0, 0]
+
+
+def test_other_channel_counts_lie_side_by_side(tmp_path):
+    x = torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4)
+    (file,) = ImageWriter().save_each({"x": x}, tmp_path)
+    assert torch.equal(pixels(file)[0], torch.tensor([0] * 4 + [255] * 4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_collected_images_make_the_same_grid(tmp_path, channels):
+    batch = {"x": torch.rand(5, channels, 8, 6) * 2 - 1}
+    writer = ImageWriter()
+    (direct,) = writer.save(batch, tmp_path / "direct")
+    (collected,) = writer.collect(writer.save_each(batch, tmp_path), tmp_path / "collected")
+    assert torch.equal(pixels(direct), pixels(collected))
+
+
+def test_images_in_tensorboard(tmp_path):
+    logger = TensorBoardLogger(tmp_path, "run", "0")
+    writer, batch = ImageWriter(), {"x": torch.rand(4, 3, 8, 8) * 2 - 1}
+    writer.log(logger, "samples", batch, 500)
+    writer.log(CSVLogger(tmp_path), "samples", batch, 500)
+    logger.finalize("success")
+    (entry,) = events(logger.log_dir).Images("samples")
+    (path,) = writer.save(batch, tmp_path / "x")
+    (tmp_path / "logged.png").write_bytes(entry.encoded_image_string)
+    assert entry.step == 500
+    assert torch.equal(pixels(tmp_path / "logged.png"), pixels(path))
+
+
+def test_single_texts_hold_the_exact_bytes(tmp_path):
+    batch = {"x": torch.stack([torch.arange(256), torch.arange(256).flip(0)]), "index": torch.tensor([3, 10])}
+    files = TextWriter("bytes").save_each(batch, tmp_path)
+    assert [file.name for file in files] == ["000003.txt", "000010.txt"]
+    assert files[0].read_bytes() == bytes(range(256))
+    assert files[1].read_bytes() == bytes(range(255, -1, -1))
+
+
+def test_an_overview_of_texts(tmp_path):
+    batch = tokens(b"To be,\n  or\tnot ", b"\xff\x1b[31m\x00\r\n\x7f caf\xc3!") | {"index": torch.tensor([4, 5])}
+    (path,) = TextWriter("bytes").save(batch, tmp_path / "v1.2")
+    assert path == tmp_path / "v1.2.txt"
+    rule = "=" * 20
+    expected = (
+        f"{rule} sample 4 {rule}\nTo be,\n  or\tnot \n\n"
+        f"{rule} sample 5 {rule}\n\\xff\\x1b[31m\\x00\\x0d\n\\x7f caf\\xc3!\n"
+    )
+    assert path.read_bytes().decode() == expected
+
+
+def test_collected_texts_make_the_same_overview(tmp_path):
+    batch = {"x": torch.randint(0, 256, (3, 40)), "index": torch.tensor([0, 5, 9])}
+    writer = TextWriter("bytes")
+    (direct,) = writer.save(batch, tmp_path / "direct")
+    (collected,) = writer.collect(writer.save_each(batch, tmp_path), tmp_path / "collected")
+    assert direct.read_bytes() == collected.read_bytes()
+
+
+def test_characters(tmp_path):
+    writer = TextWriter({"characters": "aé\n"})
+    assert writer.decode(torch.tensor([[0, 1, 2], [1, 1, 0]])) == ["aé\n".encode(), "ééa".encode()]
+
+
+def test_gpt2(monkeypatch):
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["the cat sat on the mat, naïve"] * 3, vocab_size=300)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
+    monkeypatch.setattr(
+        transformers.GPT2TokenizerFast, "from_pretrained", lambda name: fast if name == "gpt2" else None
+    )
+    text = "the  naïve\ncat , ok"
+    assert TextWriter("gpt2").decode(torch.tensor([bpe.encode(text).ids])) == [text.encode()]
+
+    def missing(name):
+        raise OSError("no connection")
+
+    monkeypatch.setattr(transformers.GPT2TokenizerFast, "from_pretrained", missing)
+    with pytest.raises(ValueError, match="gpt2 tokenizer"):
+        TextWriter("gpt2").decode(torch.tensor([[1]]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Exit.\n\n  HAMLET\n    To  be\n",
+        "a\n```\n# not a heading\n````\n*b* <b>&amp;</b>",
+        "\n\nstarts late",
+        "~~~\n    x\n",
+    ],
+)
+def test_texts_in_tensorboard_keep_their_spaces(tmp_path, text):
+    logger = TensorBoardLogger(tmp_path, "run", "0")
+    TextWriter().log(logger, "samples", tokens(text.encode(), b"#" * len(text)), 7)
+    logger.finalize("success")
+    (entry,) = events(logger.log_dir).Tensors("samples/text_summary")
+    page = markdown_to_safe_html(entry.tensor_proto.string_val[0].decode())
+    blocks = [html.unescape(block) for block in re.findall(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL)]
+    assert blocks == [f"{text}\n", "#" * len(text) + "\n"]
+    assert "sample 0" in page
+    assert "sample 1" in page
+
+
+def test_readable_keeps_text():
+    assert readable("Müller\t→\n".encode()) == "Müller\t→\n"
+    assert readable(b"\xc2\x85") == "\\x85"
+
+
+def test_the_specification_chooses_the_writer():
+    image = writer_for({"kind": "image", "shape": [1, 8, 8], "classes": 10, "levels": 17, "range": [0.0, 2.0]})
+    assert isinstance(image, ImageWriter)
+    assert (image.low, image.high) == (0.0, 2.0)
+    text = writer_for({"kind": "text", "length": 8, "vocabulary": 3, "tokenizer": {"characters": "abc"}})
+    assert isinstance(text, TextWriter)
+    assert text.decode(torch.tensor([[2, 0]])) == [b"ca"]
+
+
+def test_misuse_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"'graph'.*writer="):
+        writer_for({"kind": "graph"})
+    with pytest.raises(ValueError, match="tokenizer 'word'"):
+        TextWriter("word")
+    with pytest.raises(ValueError, match="range"):
+        ImageWriter(low=1.0, high=1.0)
+    with pytest.raises(ValueError, match=r"\(B, C, H, W\)"):
+        ImageWriter().save({"x": torch.zeros(3, 8, 8)}, tmp_path / "x")

@@ -1,0 +1,126 @@
+import math
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+
+from lightning_sgm.metrics import TokenLikelihood
+
+
+def fed(batches, **arguments):
+    metric = TokenLikelihood(**arguments)
+    for nll, index, tokens in batches:
+        metric.update(nll, index, tokens)
+    return metric
+
+
+def test_mean_is_over_tokens_and_the_units_follow():
+    metric = fed(
+        [(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]), 4), (torch.tensor([5.0]), torch.tensor([2]), 2)],
+        bytes_per_token=4.5,
+    )
+    result = metric.compute()
+    nll = (4 * 1 + 4 * 2 + 2 * 5) / 10
+    assert result["nll"].dtype == torch.float64
+    assert float(result["nll"]) == pytest.approx(nll, rel=1e-15)
+    assert float(result["perplexity"]) == pytest.approx(math.exp(nll), rel=1e-14)
+    assert float(result["bits_per_token"]) == pytest.approx(nll / math.log(2), rel=1e-14)
+    assert float(result["bits_per_byte"]) == pytest.approx(nll / math.log(2) / 4.5, rel=1e-14)
+
+
+def test_bits_per_byte_needs_a_known_number_of_bytes():
+    result = fed([(torch.ones(3), torch.arange(3), 7)]).compute()
+    assert {"nll", "perplexity", "bits_per_token", "standard_error", "perplexity_standard_error"} == set(result)
+
+
+def test_one_pass_gives_the_spread_over_examples():
+    nll = torch.rand(40, dtype=torch.float64)
+    metric = fed([(nll[:30], torch.arange(30), 16), (nll[30:], torch.arange(30, 40), 16)], bytes_per_token=1.0)
+    result = metric.compute()
+    error = float(nll.std()) / math.sqrt(40)
+    assert float(result["standard_error"]) == pytest.approx(error, rel=1e-10)
+    assert float(result["perplexity_standard_error"]) == pytest.approx(error * math.exp(float(nll.mean())), rel=1e-10)
+    assert float(result["bits_per_byte_standard_error"]) == pytest.approx(error / math.log(2), rel=1e-10)
+
+
+def passes_of(draws, batch):
+    """Feed draws (passes, examples), batch by batch, pass by pass."""
+    index = torch.arange(draws.shape[1])
+    return [(nll, part, 8) for row in draws for nll, part in zip(row.split(batch), index.split(batch), strict=True)]
+
+
+def test_passes_give_the_variance_between_draws_of_the_same_batch():
+    draws = torch.randn(5, 12, dtype=torch.float64) + 10 * torch.arange(12)
+    result = fed(passes_of(draws, 4)).compute()
+    totals = draws.view(5, 3, 4).sum(2)
+    error = totals.var(0).sum().div(5).sqrt() / 12
+    assert float(result["nll"]) == pytest.approx(float(draws.mean()), rel=1e-14)
+    assert float(result["standard_error"]) == pytest.approx(float(error), rel=1e-10)
+
+
+@pytest.mark.parametrize("coupling", [-0.1, 0.0, 0.3])
+def test_standard_error_is_the_spread_of_repeated_estimates(coupling):
+    """Also when draws in a batch hang together, as stratified ones do: x_i = difficulty_i + z_i + coupling * sum z."""
+    generator = torch.Generator().manual_seed(0)
+    difficulty = 3 * torch.randn(32, generator=generator, dtype=torch.float64)
+    means, variances = [], []
+    for _ in range(300):
+        noise = torch.randn(3, 4, 8, generator=generator, dtype=torch.float64)
+        noise = (noise + coupling * noise.sum(2, keepdim=True)).flatten(1)
+        result = fed(passes_of(difficulty + noise, 8)).compute()
+        means.append(result["nll"])
+        variances.append(result["standard_error"].square())
+    assert float(torch.stack(means).var()) == pytest.approx(float(torch.stack(variances).mean()), rel=0.25)
+    truth = (1 + 8 * coupling) ** 2 / (32 * 3)
+    assert float(torch.stack(variances).mean()) == pytest.approx(truth, rel=0.08)
+
+
+def test_processes_merge_to_the_result_of_one():
+    draws = torch.randn(3, 16, dtype=torch.float64)
+    batches = passes_of(draws, 4)
+    whole = fed(batches).compute()
+    first, second = fed(batches[::2]), fed(batches[1::2])
+    first.merge_state(second)
+    merged = first.compute()
+    assert merged.keys() == whole.keys()
+    for name, value in whole.items():
+        assert float(merged[name]) == pytest.approx(float(value), rel=1e-12), name
+
+
+def test_order_of_examples_in_a_batch_does_not_matter():
+    nll = torch.randn(2, 6, dtype=torch.float64)
+    flipped = torch.arange(6).flip(0)
+    straight = fed([(nll[0], torch.arange(6), 3), (nll[1], torch.arange(6), 3)]).compute()
+    turned = fed([(nll[0], torch.arange(6), 3), (nll[1].flip(0), flipped, 3)]).compute()
+    assert float(turned["standard_error"]) == pytest.approx(float(straight["standard_error"]), rel=1e-12)
+
+
+def test_reset_forgets_the_passes():
+    metric = fed(passes_of(torch.randn(2, 8, dtype=torch.float64), 4))
+    metric.reset()
+    nll = torch.rand(8, dtype=torch.float64)
+    metric.update(nll, torch.arange(8), 8)
+    assert float(metric.compute()["standard_error"]) == pytest.approx(float(nll.std()) / math.sqrt(8), rel=1e-10)
+
+
+def test_half_precision_of_the_model_leaves_the_sums_alone():
+    class Method(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.likelihood = TokenLikelihood()
+
+    module = Method().to(torch.bfloat16)
+    for i in range(1000):
+        module.likelihood.update(torch.full((1,), 1.001, dtype=torch.float64), torch.tensor([i]), 1)
+    assert float(module.likelihood.compute()["nll"]) == pytest.approx(1.001, rel=1e-12)
+
+
+def test_misuse_is_named():
+    with pytest.raises(ValueError, match="bytes_per_token"):
+        TokenLikelihood(bytes_per_token=0.0)
+    with pytest.raises(ValueError, match=r"shape \(batch,\)"):
+        TokenLikelihood().update(torch.zeros(2, 3), torch.zeros(2), 3)
+    with pytest.raises(ValueError, match="update"):
+        TokenLikelihood()(torch.zeros(2), torch.zeros(2), 3)
+    with pytest.raises(ValueError, match="no example"), pytest.warns(UserWarning, match="compute"):
+        TokenLikelihood().compute()
