@@ -37,6 +37,8 @@ class DataModule(LightningDataModule):
 
     def __init__(self, batch_size: int, seed: int) -> None:
         super().__init__()
+        # The subclass's arguments go into checkpoints, so that evaluation finds the same data without a recipe.
+        self.save_hyperparameters(logger=False)
         require_positive(batch_size=batch_size)
         self.batch_size = batch_size
         self.seed = seed
@@ -77,7 +79,14 @@ class DataModule(LightningDataModule):
             self.batch_size,
             seed=self.seed,
             reshuffle=reshuffle,
+            finished=self._finished_steps if self.trainer else None,
         )
+
+    def _finished_steps(self) -> int:
+        """Batches of the running epoch whose training step is finished, those before a resumption included."""
+        if self.trainer is None:
+            return 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
 
     def val_dataloader(self) -> EvalLoader:
         """All validation examples once, without augmentation."""

@@ -130,6 +130,8 @@ class TrainLoader:
         seed: of the order.
         ranks: (rank, number of processes); None asks torch.distributed when iteration starts.
         reshuffle: False keeps the order and the augmentations of epoch 0 (overfitting on a few batches).
+        finished: number of batches of this epoch whose training step is finished. With it a step that is interrupted
+            (Ctrl-C, an exception) and saved is done again after resuming; None counts every batch handed out.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class TrainLoader:
         seed: int = 0,
         ranks: tuple[int, int] | None = None,
         reshuffle: bool = True,
+        finished: Callable[[], int] | None = None,
     ) -> None:
         self.fetch = fetch
         self.examples = examples
@@ -147,6 +150,7 @@ class TrainLoader:
         self.seed = seed
         self.ranks = ranks
         self.reshuffle = reshuffle
+        self.finished = finished
         self._epoch = 0
         self._done = {"epoch": 0, "batches": 0}
         self._resume: dict[str, int] | None = None
@@ -161,8 +165,11 @@ class TrainLoader:
         self._epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """How far this loader is: ``{"epoch": e, "batches": batches of it handed out}``, plain integers."""
-        return dict(self._resume or self._done)
+        """How far this loader is: ``{"epoch": e, "batches": batches of it done}``, plain integers."""
+        if self._resume is not None:
+            return dict(self._resume)
+        batches = self._done["batches"]
+        return {**self._done, "batches": min(batches, self.finished()) if self.finished else batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration start after ``state["batches"]`` batches, if it is of epoch ``state["epoch"]``.

@@ -180,10 +180,10 @@ def _stored_values(invocation: Invocation) -> dict[str, object]:
     values: dict[str, object] = {}
     if stored.model_class:
         model = dict(stored.model)
-        needs_data = invocation.command != "predict"
-        if needs_data and stored.data_class:
+        # Sampling needs no data, so that it works where the data set is not; their spec is in the checkpoint.
+        if invocation.command != "predict" and stored.data_class:
             values["data"] = {"class_path": stored.data_class, "init_args": stored.data}
-        if needs_data or invocation.configs:
+        if "data" in values or invocation.configs or any(o.startswith("--data") for o in invocation.options):
             model.pop("spec", None)
         values["model"] = {"class_path": stored.model_class, "init_args": model}
     return values

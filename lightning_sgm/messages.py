@@ -31,6 +31,7 @@ _QUIET_WARNINGS = (
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*was configured so validation will run at the end of the training epoch.*",
+    ".*Experiment logs directory .* exists and is not empty.*",
     ".*The dirpath has changed from.*",
     ".*lr_scheduler.step.*optimizer.step.*",
 )
@@ -59,7 +60,7 @@ def explain(message: str, parser: LightningArgumentParser | None = None) -> str:
 
 
 def _suggestion(message: str, parser: LightningArgumentParser | None) -> str:
-    wrong = re.search(r"Option '([\w.]+)' is not accepted", message)
+    wrong = re.search(r"(?:Option|option) '([\w.]+)'(?: is not accepted)?", message)
     wrong = wrong or re.search(r"[Uu]nrecognized arguments?: -*([\w.]+)", message)
     wrong = wrong or re.search(r"Key '([\w.]+)' is not expected", message) or re.search(r"key '([\w.]+)'", message)
     if wrong is None:
@@ -96,6 +97,8 @@ def one_line(error: BaseException) -> str:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     text = str(cause) or str(error) or type(cause).__name__
+    if isinstance(cause, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError) and cause.filename:
+        return f"cannot write to {cause.filename} ({cause.strerror}): choose another folder with --trainer.run_dir"
     if isinstance(cause, KeyError):
         text = f"missing entry {text}"
     if "Error(s) in loading state_dict" in text:

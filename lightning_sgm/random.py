@@ -128,7 +128,8 @@ class Draw:
         """
         if self.keys is None:
             order = torch.randperm(count, generator=self._generator, device=self.device)
-            return (order + self.uniform((count,), torch.float64)) / count
+            # The sum rounds: a number just below 1 in the last stratum would become 1.
+            return ((order + self.uniform((count,), torch.float64)) / count).clamp_(max=1.0 - 2.0**-53)
         self._check_rows((count,))
         self._calls += 1
         # In 64-bit integers, where the golden ratio is 2^64 times its fraction: exact for keys of any size.

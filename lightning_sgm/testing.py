@@ -11,9 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lightning_sgm.denoiser import GaussianMixtureDenoiser
 from lightning_sgm.networks.base import Network, Spec, TokenNetwork, build
-from lightning_sgm.processes.gaussian import CLEAN, GaussianProcess
+from lightning_sgm.processes.gaussian import CLEAN, VP, GaussianProcess, Level
 from lightning_sgm.random import Draw
+from lightning_sgm.samplers.grids import LogUniform
+from lightning_sgm.samplers.loop import Sampler
+from lightning_sgm.samplers.rules import Rule
 
 
 def check_process(process: GaussianProcess) -> None:
@@ -86,6 +90,46 @@ def check_network(
     _check_gradients(checked, name)
 
 
+def check_rule(rule: Rule, process: GaussianProcess = VP(), steps: int = 200, tolerance: float = 0.03) -> None:
+    """Check that a rule turns noise into data: samples of a correlated Gaussian in 2 D with its exact denoiser.
+
+    A rule that makes no noise of its own must follow the probability-flow ODE, whose map is known; one that does must
+    reproduce mean and covariance.
+
+    Args:
+        rule: the rule, run on a log-uniform grid of sigma / alpha from 80 (or the process's largest) to 0.002.
+        process: how the data became noise.
+        steps: of the sampler; an accurate rule needs fewer.
+        tolerance: error allowed for so many steps, in standard deviations of the data.
+
+    Raises:
+        AssertionError: if samples are wrong or not finite, if the rule changes its input in place, remembers anything
+            from an earlier run, or treats a sample differently in another batch under a Draw with keys.
+    """
+    name = f"{type(rule).__name__} on {type(process).__name__}"
+    mean, covariance = torch.tensor([0.3, -0.2]).double(), torch.tensor([[0.25, 0.12], [0.12, 0.16]]).double()
+    denoiser = GaussianMixtureDenoiser(process, mean[None], covariance[None])
+    sampler = Sampler(rule, steps, LogUniform())
+    keys = torch.arange(20000)
+    start = sampler.prior(process, (len(keys), 2), Draw(1, keys))
+    assert isinstance(start, Tensor)
+    start = start.double()
+
+    def run(rows: int, seed: int) -> Tensor:
+        return sampler(denoiser, None, Draw(seed, keys[:rows]), start=start[:rows])
+
+    before = start.clone()
+    x, few = run(len(keys), 2), run(5, 2)
+    assert torch.equal(start, before), f"{name} changes its input in place"
+    assert x.isfinite().all(), f"{name} returns samples that are not finite"
+    assert torch.equal(run(5, 2), few), f"{name}: two equal runs differ; a rule keeps its memory in what it returns"
+    _close(few, x[:5], 1e-9, f"{name}: a sample depends on its batch")
+    if torch.equal(run(5, 3), few):
+        _check_map(name, denoiser, sampler, start, x, tolerance)
+    else:
+        _check_law(name, x, mean, covariance, tolerance)
+
+
 def _close(actual: Tensor, expected: Tensor, tolerance: float, text: str, floor: float = 1e-3) -> None:
     """Assert |actual - expected| <= tolerance * max(|expected|, floor * largest |expected|)."""
     actual, expected = actual.detach(), expected.detach()
@@ -97,6 +141,29 @@ def _close(actual: Tensor, expected: Tensor, tolerance: float, text: str, floor:
         raise AssertionError(
             f"{text}: found {float(actual.flatten()[worst]):.8g}, expected {float(expected.flatten()[worst]):.8g}"
         )
+
+
+def _check_map(
+    name: str, denoiser: GaussianMixtureDenoiser, sampler: Sampler, start: Tensor, x: Tensor, tolerance: float
+) -> None:
+    """Samples against the map of the probability-flow ODE, a scale sqrt(v / (v + r^2)) of each principal axis."""
+    level = sampler.levels(denoiser.process)[0]
+    assert isinstance(level, Level)
+    variances, basis, mean = denoiser.variances[0], denoiser.basis[0], denoiser.means[0]
+    shrink = torch.sqrt(variances / (variances + level.ratio**2))
+    expected = ((start / level.alpha - mean) @ basis * shrink) @ basis.T + mean
+    error = float(((x - expected) / variances.max().sqrt()).square().mean().sqrt())
+    assert error <= tolerance, f"{name} leaves the probability-flow ODE: samples off by {error:.3g} standard deviations"
+
+
+def _check_law(name: str, x: Tensor, mean: Tensor, covariance: Tensor, tolerance: float) -> None:
+    """Mean and covariance of samples, with four standard errors for chance."""
+    size = covariance.diagonal().sqrt()
+    chance = 4 / len(x) ** 0.5
+    error = float(((x.mean(0) - mean) / size).abs().max())
+    assert error <= tolerance + chance, f"{name}: mean of the samples is off by {error:.3g} standard deviations"
+    error = float(((x.T.cov() - covariance) / torch.outer(size, size)).abs().max())
+    assert error <= 2 * tolerance + 1.5 * chance, f"{name}: covariance of the samples is off by a share of {error:.3g}"
 
 
 def _inside(count: int = 33) -> Tensor:

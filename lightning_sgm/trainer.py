@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -57,6 +58,7 @@ class Trainer(pl.Trainer):
             plugins=[AtomicCheckpointIO(), *more],
             default_root_dir=str(folder),
             use_distributed_sampler=False,
+            enable_model_summary=kwargs.pop("enable_model_summary", None) or False,
             **kwargs,
         )
 
@@ -102,9 +104,7 @@ class SampleNumbers:
         self.trainer, self.count, self.batch_size = trainer, count, batch_size
 
     def _mine(self) -> Tensor:
-        import torch
-
-        return torch.arange(self.trainer.global_rank, self.count, self.trainer.world_size)
+        return torch.arange(self.count)[self.trainer.global_rank :: self.trainer.world_size]
 
     def __len__(self) -> int:
         return -(-len(self._mine()) // self.batch_size)
@@ -122,7 +122,8 @@ def _with_defaults(given: list[Callback], kwargs: dict[str, Any]) -> list[Callba
     defaults += [Checkpoints] if checkpoints else []
     defaults += [Progress] if bar else []
     missing = [kind() for kind in defaults if not any(isinstance(callback, kind) for callback in given)]
-    return [*given, *missing]
+    # EMA first: pictures of an update are drawn with the average that includes it.
+    return sorted([*given, *missing], key=lambda callback: not isinstance(callback, EMA))
 
 
 def _loggers(folder: Path) -> list[Logger]:

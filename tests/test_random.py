@@ -40,11 +40,13 @@ def test_the_hash_is_splitmix64():
 
 
 @given(st.integers(-(2**63), 2**63 - 1))
+@settings(deadline=None)
 def test_hash_of_tensors_and_of_integers_agree(value):
     assert mix(value) == (int(source._hash(torch.tensor([value]))) & source._MASK) >> 1
 
 
 @given(st.lists(st.integers(-(2**70), 2**70), max_size=4), st.lists(st.integers(-(2**70), 2**70), max_size=4))
+@settings(deadline=None)
 def test_mix_gives_63_bits_and_tells_lists_apart(first, second):
     assert 0 <= mix(*first) < 2**63
     same = [v % 2**64 for v in first] == [v % 2**64 for v in second]
@@ -91,6 +93,8 @@ def test_golden_values():
     forked = [[-0.026192672550678253, 0.4879078269004822], [1.1190204620361328, 1.2793152332305908]]
     forked.append([-0.2599133551120758, -1.6771026849746704])
     torch.testing.assert_close(draw.fork(4).normal((3, 2)), torch.tensor(forked))
+    strata = [0.8384540140198182, 0.456488002769713, 0.7482840702703439]
+    assert draw.strata(3).tolist() == strata
     # Without keys the stream is torch's own for this seed.
     generator = torch.Generator().manual_seed(mix(7))
     assert torch.equal(Draw(7).normal((3,)), torch.randn(3, generator=generator))
@@ -101,7 +105,7 @@ def test_golden_values():
 
 @pytest.mark.parametrize("method", METHODS)
 @given(order=st.permutations(range(6)), cut=st.integers(0, 6))
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 def test_rows_do_not_depend_on_their_batch(method, order, cut):
     make = METHODS[method]
     whole = Draw(3, keys=KEYS)
@@ -230,6 +234,57 @@ def test_neighbouring_seeds_and_keys_are_unrelated():
     assert correlation.abs().max() < 4.5 / math.sqrt(8000)
 
 
+# Strata.
+
+
+def test_strata_without_keys_fill_every_cell_in_random_order():
+    draw = Draw(3)
+    runs = torch.stack([draw.strata(8) for _ in range(2000)])
+    assert runs.dtype == torch.float64
+    cells = (runs * 8).long()
+    assert torch.equal(cells.sort(1).values, torch.arange(8).expand(2000, 8))
+    counts = torch.nn.functional.one_hot(cells, 8).sum(0).double()
+    assert float(((counts - 250) ** 2 / 250).sum(1).max()) < 30  # chi squared, 7 degrees, p = 1e-4
+    assert kolmogorov_smirnov((runs * 8) % 1.0, lambda x: x) < 1.95
+
+
+def test_strata_stay_below_one():
+    class Extreme(Draw):
+        def uniform(self, shape, dtype=torch.float32):
+            return torch.full(tuple(shape), 1 - 2.0**-53, dtype=dtype)
+
+    assert Extreme(0).strata(6).max() < 1
+
+
+def test_strata_with_keys_are_a_kronecker_sequence():
+    keys = torch.arange(-500, 500)
+    whole = Draw(3, keys=keys).strata(1000)
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Draw(3, keys=keys[order]).strata(1000), whole[order])
+    golden = (math.sqrt(5) - 1) / 2
+    step = (whole[1:] - whole[:-1]) % 1.0
+    torch.testing.assert_close(step, torch.full_like(step, golden), rtol=0, atol=1e-12)
+    # Any run of n of them leaves gaps of order 1 / n.
+    for run in (whole[:64], whole[400:464], whole[-200:]):
+        ordered = run.sort().values
+        gaps = torch.cat([ordered.diff(), ordered[:1] + 1 - ordered[-1:]])
+        assert float(gaps.max()) < 2.7 / len(run)
+
+
+def test_strata_of_one_key_are_uniform_over_seeds_and_calls():
+    runs = [Draw(seed, keys=torch.tensor([5, 2**62 + 1])) for seed in range(2000)]
+    first = torch.stack([draw.strata(2) for draw in runs])
+    second = torch.stack([draw.strata(2) for draw in runs])
+    for u in (first[:, 0], first[:, 1], second[:, 0]):
+        assert kolmogorov_smirnov(u, lambda x: x) < 1.95
+    assert abs(float(torch.corrcoef(torch.stack([first[:, 0], second[:, 0]]))[0, 1])) < 4 / math.sqrt(2000)
+
+
+def test_strata_keep_keys_of_any_size_apart():
+    u = Draw(3, keys=torch.arange(1000) + 2**62).strata(1000)
+    assert len(u.unique()) == 1000
+
+
 # Shapes and errors.
 
 
@@ -248,6 +303,8 @@ def test_errors_name_the_fix():
         Draw(1, keys=torch.arange(2)).normal((3, 4))
     with pytest.raises(ValueError, match="the first size must be 2"):
         Draw(1, keys=torch.arange(2)).uniform(())
+    with pytest.raises(ValueError, match="cannot fill shape"):
+        Draw(1, keys=torch.arange(2)).strata(3)
     with pytest.raises(ValueError, match="give keys"):
         Draw(1).rows(torch.tensor([0]))
     with pytest.raises(ValueError, match="high at least 1"):

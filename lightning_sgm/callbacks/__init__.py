@@ -1,9 +1,11 @@
-"""What runs beside training: averaging, seeds, progress, speed, samples, checkpoints."""
+"""Lightning callbacks that every method gets: averages, seeds, progress, pictures, throughput, checkpoints."""
 
-from lightning_sgm.callbacks.checkpoints import Checkpoints as Checkpoints
-from lightning_sgm.callbacks.compile import Compile as Compile
-from lightning_sgm.callbacks.ema import EMA as EMA
-from lightning_sgm.callbacks.progress import Progress as Progress
-from lightning_sgm.callbacks.seeds import StepSeeds as StepSeeds
-from lightning_sgm.callbacks.throughput import Throughput as Throughput
-from lightning_sgm.callbacks.throughput import untimed as untimed
+from lightning_sgm.callbacks.checkpoints import Checkpoints
+from lightning_sgm.callbacks.compile import Compile
+from lightning_sgm.callbacks.ema import EMA
+from lightning_sgm.callbacks.progress import Progress
+from lightning_sgm.callbacks.samples import PredictionWriter, SampleLogger
+from lightning_sgm.callbacks.seeds import StepSeeds
+from lightning_sgm.callbacks.throughput import Throughput
+
+__all__ = ["EMA", "Checkpoints", "Compile", "PredictionWriter", "Progress", "SampleLogger", "StepSeeds", "Throughput"]

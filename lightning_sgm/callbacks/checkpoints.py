@@ -79,21 +79,22 @@ class Checkpoints(ModelCheckpoint):
     ) -> None:
         """Write last.ckpt at the cadence and after the last batch.
 
-        The last batch's file is written here because at the end of fit Lightning has closed the epoch: from there, a
-        run that stopped in the middle of one would not continue in it.
+        The last batch's file is written here because soon after Lightning closes the epoch: from there, a run that
+        stopped in the middle or on the last batch of one would not continue with the right batch.
         """
         now = updates(trainer, pl_module)
         due = now // self.every > self._seen // self.every
         self._seen = now
-        stopping = trainer.should_stop and trainer.fit_loop._can_stop_early
-        if due or stopping or 0 < trainer.max_steps <= trainer.global_step:
+        if due or _is_stopping(trainer) or 0 < trainer.max_steps <= trainer.global_step:
             self._save_last(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: cadences count updates."""
+        """Write last.ckpt if the run has been stopped since the last batch."""
+        if _is_stopping(trainer):
+            self._save_last(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write best.ckpt if the metric is the best so far, and last.ckpt if training is stopped because of it."""
+        """Write best.ckpt if the metric is the best so far, and last.ckpt if the run has been stopped meanwhile."""
         if self._should_skip(trainer):
             return
         score = trainer.callback_metrics.get(self.monitor or "")
@@ -101,7 +102,7 @@ class Checkpoints(ModelCheckpoint):
             self.best_model_score, self.best_model_path = score.detach().cpu(), self._path("best")
             with untimed(trainer):
                 self._save_checkpoint(trainer, self.best_model_path)
-        if trainer.should_stop:
+        if _is_stopping(trainer):
             self._save_last(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,7 +113,7 @@ class Checkpoints(ModelCheckpoint):
         """Write last.ckpt unless it is up to date, or the run was ended by a loss that is not a number."""
         if isinstance(exception, FloatingPointError) or self._saved < 0:
             return
-        self._save_last(trainer, pl_module, together=False)
+        self._save_last(trainer, pl_module, alone=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The metric and its best value so far."""
@@ -135,8 +136,8 @@ class Checkpoints(ModelCheckpoint):
         fast: Any = trainer.fast_dev_run  # type: ignore[attr-defined]
         return bool(fast) or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING
 
-    def _save_last(self, trainer: Trainer, pl_module: LightningModule, together: bool = True) -> None:
-        """Write last.ckpt if there is something new; ``together`` if all processes are known to be here."""
+    def _save_last(self, trainer: Trainer, pl_module: LightningModule, alone: bool = False) -> None:
+        """Write last.ckpt if there is something new; ``alone`` if other processes may not be here."""
         now = updates(trainer, pl_module)
         if now == self._saved or self._should_skip(trainer):
             return
@@ -145,15 +146,18 @@ class Checkpoints(ModelCheckpoint):
             return
         self.last_model_path = self._path("last")
         with untimed(trainer):
-            if together:
-                self._save_checkpoint(trainer, self.last_model_path)
+            if alone or trainer.received_sigterm:
+                # The others may never reach the barrier with which Trainer.save_checkpoint ends.
+                checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+                trainer.strategy.save_checkpoint(checkpoint, self.last_model_path)
             else:
-                # After an error in one process the others never reach Lightning's barrier.
-                connector = trainer._checkpoint_connector
-                trainer.strategy.save_checkpoint(
-                    connector.dump_checkpoint(self.save_weights_only), self.last_model_path
-                )
+                self._save_checkpoint(trainer, self.last_model_path)
         self._saved = now
+
+
+def _is_stopping(trainer: Trainer) -> bool:
+    """Whether Lightning ends the run at the next opportunity (early stopping, time limit, SIGTERM)."""
+    return trainer.received_sigterm or (trainer.should_stop and trainer.fit_loop._can_stop_early)
 
 
 def _is_finite(pl_module: LightningModule) -> bool:

@@ -38,7 +38,8 @@ class Compile(Callback):
         """Compile before fit and before any evaluation, each part once."""
         if not self.enabled:
             return
-        for name in self.parts or getattr(pl_module, "ema_parts", ()):
+        names: list[str] = self.parts or [*getattr(pl_module, "ema_parts", ())]
+        for name in names:
             try:
                 part = pl_module.get_submodule(name)
             except AttributeError as error:

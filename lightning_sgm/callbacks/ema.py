@@ -41,7 +41,7 @@ class EMA(Callback):
         self.ramp = ramp
         self._module: LightningModule | None = None
         self._strategy: Strategy | None = None
-        self._weights: list[nn.Parameter] = []
+        self._weights: list[Tensor] = []
         self._names: dict[str, int] = {}
         self._average: list[Tensor] = []
         self._low_precision = False
@@ -114,7 +114,7 @@ class EMA(Callback):
         for n in range(self._count + 1, self._count + 1 + now - self._seen):
             kept *= self.decay_at(n)
         if kept < 1.0 and self._average:
-            weights: list[Any] = self._weights
+            weights = self._weights
             if self._low_precision:
                 weights = [w.to(a.dtype) for w, a in zip(weights, self._average, strict=True)]
             torch._foreach_lerp_(self._average, weights, 1.0 - kept)
@@ -206,7 +206,7 @@ class EMA(Callback):
                 torch._foreach_copy_(self._weights, self._raw)
             self._raw = None
 
-    def _continues(self, pl_module: LightningModule, weights: list[nn.Parameter]) -> bool:
+    def _continues(self, pl_module: LightningModule, weights: list[Tensor]) -> bool:
         """Whether this is the module of the fit before, and nobody has loaded other weights into it since."""
         if pl_module is not self._module or len(weights) != len(self._weights):
             return False
@@ -217,9 +217,9 @@ class EMA(Callback):
         return all(torch.equal(w, a.to(w)) for w, a in zip(weights, self._average, strict=True))
 
 
-def _trained(pl_module: LightningModule) -> tuple[dict[str, int], list[nn.Parameter]]:
+def _trained(pl_module: LightningModule) -> tuple[dict[str, int], list[Tensor]]:
     """The parameters to average, and the position of each name among them (tied ones have several names)."""
-    chosen: dict[int, nn.Parameter] = {}
+    chosen: dict[int, Tensor] = {}
     for part in getattr(pl_module, "ema_parts", ()):
         if not isinstance(getattr(pl_module, part, None), nn.Module):
             raise ValueError(f"`ema_parts` names {part!r}, but {type(pl_module).__name__} has no such part")

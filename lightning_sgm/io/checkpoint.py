@@ -30,11 +30,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` to the local file ``path``."""
+        """Write ``checkpoint`` to the local file ``path``.
+
+        Raises:
+            OSError: no space left or the like.
+        """
         if storage_options is not None:
             raise ValueError("storage_options is not supported: checkpoints are written to local files")
-        with atomic_write(path) as file:
-            torch.save(checkpoint, file)
+        try:
+            with atomic_write(path) as file:
+                torch.save(checkpoint, file)
+        except (RuntimeError, OSError) as error:
+            # torch answers a failed write with an error about positions, whose context is the reason.
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
+            if not isinstance(reason, OSError):
+                raise
+            raise OSError(f"cannot write {path}: {reason.strerror or reason}; an earlier one is kept") from error
 
     def load_checkpoint(
         self,
@@ -156,7 +167,7 @@ def _import_class(class_path: str, allow: tuple[str, ...], path: str | Path) -> 
 def _build(
     kind: type[LightningModule], arguments: dict[str, Any], allow: tuple[str, ...], from_recipe: bool
 ) -> LightningModule:
-    """The model; arguments of a recipe are class paths and plain values that the command line's parser turns to parts."""
+    """The model; a recipe's arguments are class paths and plain values, made into parts by Lightning's parser."""
     if not from_recipe:
         return kind(**arguments)
     from lightning.pytorch.cli import instantiate_module
@@ -167,7 +178,7 @@ def _build(
 
 @contextmanager
 def _imports_only(allow: tuple[str, ...]) -> Iterator[None]:
-    """Let the parser import nothing else: a function named where a network is due could do anything."""
+    """Let the parser import nothing else: importing a module runs it."""
     from jsonargparse import _common, set_parsing_settings
 
     before = dict(_common.parsing_settings)

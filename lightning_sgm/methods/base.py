@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -134,6 +135,14 @@ class GenerativeModule(LightningModule):
 
     # Steps.
 
+    def on_fit_start(self) -> None:
+        """Say what is trained."""
+        names = ", ".join(
+            f"{type(part).__name__} with {sum(p.numel() for p in part.parameters() if p.requires_grad):,} parameters"
+            for part in (getattr(self, name) for name in self.ema_parts)
+        )
+        rank_zero_info(f"{type(self).__name__}: {names}")
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a batch; terms are summed on the device and logged at the trainer's cadence."""
         terms = self.losses(batch, self._train_draw(batch))
@@ -228,8 +237,20 @@ class GenerativeModule(LightningModule):
 
     def sample_batches(self, count: int, batch_size: int = 256) -> Iterator[Tensor]:
         """This rank's share of the sample numbers 0..count-1, in batches."""
-        mine = torch.arange(self.global_rank, count, self.trainer.world_size)
+        mine = torch.arange(count)[self.global_rank :: self.trainer.world_size]
         yield from mine.split(batch_size)
+
+    @torch.no_grad()
+    def generate(self, count: int, batch_size: int = 256) -> Batch:
+        """Samples 0..count-1 in evaluation mode and without gradients: the way to sample from Python."""
+        training = [part for part in self.modules() if part.training]
+        self.eval()
+        try:
+            parts = [self.sample(indices.to(self.device)) for indices in torch.arange(count).split(batch_size)]
+        finally:
+            for part in training:
+                part.training = True
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Samples for a batch of sample numbers, ``batch["index"]``."""

@@ -26,7 +26,6 @@ class RADD(GenerativeModule):
 
     Args:
         network: a token network, or a factory that receives ``spec``.
-        spec: dict[str, Any],
         process: the absorbing process, log-linear by default.
         objective: one of the paper's four losses and how its masks are drawn.
         sampler: unmasking rule and number of steps.
@@ -78,16 +77,17 @@ class RADD(GenerativeModule):
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Any-order negative log-likelihood bound per example, (B,), in nats per token, and in bits per byte."""
         terms = self.objective(self.denoiser, batch["x"], draw, **self.conditions(batch))
+        nll = terms.get("nll", terms["loss"])
         if self.spec.get("bytes_per_token"):
-            terms["bits_per_byte"] = terms["loss"] / (math.log(2.0) * self.spec["bytes_per_token"])
+            terms["bits_per_byte"] = nll / (math.log(2.0) * self.spec["bytes_per_token"])
         return terms
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Several passes with different masks; samples' metrics see the text once."""
         super().test_step(batch, batch_idx)
         for repeat in range(self.passes):
-            nll = self.losses(batch, self.evaluation_draw(batch, repeat))["loss"]
-            self.likelihood.update(nll, batch["index"], tokens=batch["x"].shape[1])
+            terms = self.losses(batch, self.evaluation_draw(batch, repeat))
+            self.likelihood.update(terms.get("nll", terms["loss"]), batch["index"], tokens=batch["x"].shape[1])
 
     def on_test_epoch_end(self) -> None:
         """Perplexity and bits with standard errors, then the samples' metrics."""

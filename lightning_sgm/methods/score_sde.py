@@ -24,7 +24,6 @@ class ScoreSDE(GenerativeModule):
 
     Args:
         network: a network, or a factory that receives ``spec``.
-        spec: dict[str, Any],
         process: how data become noise; VP by default.
         preconditioning: what the network predicts; noise, as for the paper's VP models, by default.
         objective: law of t and weights of the loss.

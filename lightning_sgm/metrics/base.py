@@ -12,7 +12,7 @@ from torchmetrics import Metric
 class DoubleMetric(Metric):
     """A metric whose states are float64 sums (or counts up to 2^53), added over processes.
 
-    Subclasses call ``add_sum`` in their constructor and write ``update`` and ``compute``.
+    Subclasses make states with ``add_sum``, raise them with ``add``, and write ``update`` and ``compute``.
     """
 
     full_state_update = False
@@ -21,6 +21,11 @@ class DoubleMetric(Metric):
     def add_sum(self, name: str, *shape: int) -> None:
         """Add a zero state ``name`` of ``shape`` that processes reduce by addition."""
         self.add_state(name, torch.zeros(shape, dtype=torch.float64, device=self.device), dist_reduce_fx="sum")
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        """Add ``value`` to the state ``name``."""
+        # Not in place: a state reset under inference_mode (test) may be used outside of it (validation in fit).
+        setattr(self, name, getattr(self, name) + value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> DoubleMetric:
         # module.to(torch.bfloat16), which precision bf16-true calls, would round the sums.

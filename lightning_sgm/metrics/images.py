@@ -61,9 +61,9 @@ class FrechetDistance(DoubleMetric):
         vectors = self._vectors(x)
         self._make_room(vectors.shape[1])
         side = "real" if real else "generated"
-        getattr(self, f"{side}_count").add_(len(vectors))
-        getattr(self, f"{side}_sum").add_(vectors.sum(0))
-        getattr(self, f"{side}_outer").add_(vectors.T @ vectors)
+        self.add(f"{side}_count", len(vectors))
+        self.add(f"{side}_sum", vectors.sum(0))
+        self.add(f"{side}_outer", vectors.T @ vectors)
 
     def _make_room(self, size: int) -> None:
         """Add the states for ``size`` numbers per image, once."""

@@ -67,10 +67,10 @@ class TokenLikelihood(DoubleMetric):
             raise ValueError(f"nll {tuple(nll.shape)} and index {tuple(index.shape)} must both have the shape (batch,)")
         nll = nll.detach().double()
         total = nll.sum() * tokens
-        self.total += total
-        self.squares += nll.square().sum() * tokens
-        self.tokens += tokens * len(nll)
-        self.examples += len(nll)
+        self.add("total", total)
+        self.add("squares", nll.square().sum() * tokens)
+        self.add("tokens", tokens * len(nll))
+        self.add("examples", len(nll))
         # Welford's update: the passes of one batch never have to be kept.
         batch = tuple(sorted(index.tolist()))
         passes, mean = self._passes.get(batch, (0, 0.0))
@@ -79,8 +79,8 @@ class TokenLikelihood(DoubleMetric):
         mean += difference / (passes + 1)
         self._passes[batch] = (passes + 1, mean)
         if passes:
-            self.within += difference * (value - mean)
-            self.freedom += tokens * len(nll)
+            self.add("within", difference * (value - mean))
+            self.add("freedom", tokens * len(nll))
 
     def compute(self) -> dict[str, Tensor]:
         """The estimates, float64 scalars.

@@ -63,9 +63,9 @@ class UnigramEntropy(DoubleMetric):
         entropies = torch.zeros(rows, dtype=torch.float64, device=x.device)
         entropies.index_add_(0, pairs // self.vocabulary, _bits(counts.double()))
         side = "real" if real else "generated"
-        getattr(self, f"{side}_counts").index_add_(0, pairs % self.vocabulary, counts.double())
-        getattr(self, f"{side}_entropies").add_((entropies / length + math.log2(length)).sum())
-        getattr(self, f"{side}_sequences").add_(rows)
+        self.add(f"{side}_counts", torch.bincount(pairs % self.vocabulary, counts.double(), self.vocabulary))
+        self.add(f"{side}_entropies", (entropies / length + math.log2(length)).sum())
+        self.add(f"{side}_sequences", rows)
 
     def compute(self) -> dict[str, Tensor]:
         """Bits per token: sequence_entropy and corpus_entropy of samples, and with ``_real`` of data; what was fed."""
@@ -182,8 +182,8 @@ class NGramJudge(DoubleMetric):
         """
         scores = self.log2_probability(x)
         side = "real" if real else "generated"
-        getattr(self, f"{side}_bits").sub_(scores.sum().to(self.device))
-        getattr(self, f"{side}_tokens").add_(scores.numel())
+        self.add(f"{side}_bits", -scores.sum().to(self.device))
+        self.add(f"{side}_tokens", scores.numel())
 
     def compute(self) -> dict[str, Tensor]:
         """Bits per token: judge_bits of samples and judge_bits_real of data; what was fed."""

@@ -58,8 +58,8 @@ class MaskedObjective:
         stratification: law of the B uniform numbers behind t, lambda or k in a batch, each of them uniform by itself.
             "stratified": one in each of B equal cells, cells dealt to the sequences at random (0.31 of the variance of
             independent lambda draws on a trained model); "offset": equally spaced with a shared random start;
-            "independent". A draw with keys (exact mode) is always "independent", since there no row may
-            depend on its batch.
+            "independent". A draw with keys (exact mode), where no row may depend on its batch, spreads its keys evenly
+            instead, see ``Draw.strata``.
         t_min: smallest time of the t losses, in (0, 1): their weight is infinite at 0.
     """
 
@@ -114,14 +114,13 @@ class MaskedObjective:
 
     def draw_uniform(self, rows: int, draw: Draw) -> Tensor:
         """(rows,) float64 numbers, each uniform in (0, 1], never 0, jointly distributed as ``stratification`` says."""
-        if self.stratification == "independent" or draw.keys is not None:
+        if self.stratification == "independent":
             return 1.0 - draw.uniform((rows,), torch.float64)
-        if self.stratification == "offset":
+        if self.stratification == "offset" and draw.keys is None:
             cells = torch.arange(rows, dtype=torch.float64, device=draw.device)
             return 1.0 - (draw.uniform((1,), torch.float64) + cells / rows) % 1.0
         # Dealt at random: were sequence j always in cell j, averages over draws would not converge to the batch's NLL.
-        cells = draw.uniform((rows,), torch.float64).argsort()
-        return (cells + 1.0 - draw.uniform((rows,), torch.float64)) / rows
+        return 1.0 - draw.strata(rows)
 
 
 def masked_nll(denoiser: TokenDenoiser, x0: Tensor, mask: Tensor, **conditions: Tensor) -> Tensor:

@@ -93,9 +93,9 @@ class GaussianProcess:
     def derivatives(self, t: Time) -> tuple[Tensor, Tensor]:
         """(d alpha / dt, d sigma / dt), by forward-mode differentiation: valid in every grad mode.
 
-        Infinite, or not a number, at t = 0 where sigma grows as sqrt(t) from 0 (VP, cosine): keep to ``t_min`` and above.
+        Infinite, or not a number, at t = 0 where sigma grows as sqrt(t) from 0 (VP, cosine): stay above ``t_min``.
         """
-        time = as_time(t)
+        time = as_time(t).contiguous()  # forward mode refuses one time expanded over a batch
         return torch.func.jvp(lambda u: (self.alpha(u), self.sigma(u)), (time,), (torch.ones_like(time),))[1]
 
     def drift(self, t: Time) -> Tensor:

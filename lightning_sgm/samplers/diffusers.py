@@ -17,10 +17,14 @@ from torch import Tensor
 
 from lightning_sgm.processes.gaussian import Level
 from lightning_sgm.random import Draw, mix
-from lightning_sgm.samplers.evaluation import Evaluation, Levels, is_clean
+from lightning_sgm.samplers.evaluation import Evaluation, Levels, Processes, is_clean
 from lightning_sgm.samplers.rules import Rule, noise_estimate
 
-_CHAIN = {"num_train_timesteps", "trained_betas", "prediction_type", "timestep_spacing", "final_sigmas_type"}
+_CHAIN = {
+    *("num_train_timesteps", "trained_betas", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr"),
+    *("prediction_type", "timestep_spacing", "steps_offset", "final_sigmas_type"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"),
+}
 
 
 class _Run(NamedTuple):
@@ -50,7 +54,7 @@ class DiffusersRule(Rule):
         if ours:
             raise ValueError(f"{', '.join(ours)} of {scheduler} follow from the process and the grid: leave them out")
 
-    def start(self, levels: list[Levels]) -> _Run:
+    def start(self, process: Processes, levels: list[Levels]) -> _Run:
         """A new scheduler whose training steps are ``levels``."""
         noisy, last = [_plain(level) for level in levels[:-1]], _plain(levels[-1])
         if not noisy[0].alpha.any():
@@ -59,12 +63,12 @@ class DiffusersRule(Rule):
             )
         ratios = torch.stack([level.ratio for level in (*noisy, last)])
         kept = 1.0 / (1.0 + ratios**2)
-        scheduler = self._build(kept[:-1].flip(0), is_clean(last))
+        scheduler = self._build(kept[:-1].flip(0))
         scheduler.set_timesteps(len(noisy))
         if scheduler.timesteps.tolist() != list(range(len(noisy)))[::-1]:
             raise ValueError(
                 f"{self.scheduler} does not make one evaluation at each level of the grid: choose another scheduler, "
-                "leave options that change the grid to the sampler, and take the rule Heun for a two-stage solver"
+                "or the rule Heun for a solver of two stages"
             )
         # Their tables went through float32 products; these are the exact ones.
         scheduler.alphas_cumprod = kept[:-1].flip(0)
@@ -78,7 +82,11 @@ class DiffusersRule(Rule):
     def __call__(
         self, evaluate: Evaluation, x: Any, level: Levels, target: Levels, draw: Draw, memory: _Run
     ) -> tuple[Tensor, Tensor, _Run]:
-        """One step of a copy of the scheduler in ``memory``; see :class:`Rule`."""
+        """One step of a copy of the scheduler in ``memory``, or x_0 where no noise is left; see :class:`Rule`."""
+        if is_clean(target):
+            # What all of them do that can; the others take logarithms of 0.
+            x0 = evaluate(x, level)
+            return x0, x0, memory
         scheduler, timestep = _copy(memory.scheduler), memory.scheduler.timesteps[memory.step]
         here, there = _plain(level), _plain(target)
         noise = noise_estimate(x, evaluate(x, level), here)
@@ -100,8 +108,8 @@ class DiffusersRule(Rule):
         x = _scale(there, memory.exploding) * state
         return x, x, memory._replace(scheduler=scheduler, step=memory.step + 1)
 
-    def _build(self, kept: Tensor, clean: bool) -> Any:
-        """The scheduler with alpha-bar ``kept`` (N,), decreasing; ``clean``: whether its last step ends at no noise."""
+    def _build(self, kept: Tensor) -> Any:
+        """The scheduler of a chain with alpha-bar ``kept`` (N,), decreasing."""
         path = self.scheduler if "." in self.scheduler else f"diffusers.{self.scheduler}"
         module, _, name = path.rpartition(".")
         try:
@@ -122,7 +130,7 @@ class DiffusersRule(Rule):
             "trained_betas": (1.0 - kept / previous).tolist(),
             "prediction_type": "epsilon",
             "timestep_spacing": "trailing",
-            "final_sigmas_type": "zero" if clean else "sigma_min",
+            "final_sigmas_type": "sigma_min",
         }
         return scheduler_class(**{name: value for name, value in arguments.items() if name in accepted})
 

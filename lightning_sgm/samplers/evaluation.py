@@ -40,7 +40,7 @@ def first(parts: Part | dict[str, Part]) -> Part:
     return next(iter(parts.values())) if isinstance(parts, dict) else parts
 
 
-def level_at(process: Processes, t: Tensor) -> Levels:
+def level_at(process: Processes, t: Tensor) -> Any:
     """Level of every component at the time ``t``."""
     return per_component(lambda part: part.level(t), process)
 

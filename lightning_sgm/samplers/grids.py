@@ -6,18 +6,23 @@ the process does: a last step to no noise at all is the sampler's (``finish="cle
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_sgm.processes.gaussian import GaussianProcess
-from lightning_sgm.samplers.evaluation import Levels, Processes, first, level_at
+from lightning_sgm.samplers.evaluation import Processes, first, level_at
 
 
 class Grid:
     """Base of all grids; a subclass gives :meth:`times`."""
 
-    def __call__(self, process: Processes, steps: int) -> list[Levels]:
-        """``steps`` + 1 levels, noisiest first; components share the times made for the first of them."""
+    def __call__(self, process: Processes, steps: int) -> list[Any]:
+        """``steps`` + 1 levels, noisiest first: each a Level, or for a dict of processes a dict of them at one time.
+
+        Components share the times made for the first of them.
+        """
         return [level_at(process, t) for t in self.times(first(process), steps)]
 
     def times(self, process: GaussianProcess, steps: int) -> Tensor:

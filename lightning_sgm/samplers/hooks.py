@@ -29,14 +29,17 @@ class Langevin(Hook):
 
     The step is e = 2 a (snr |z| / |score|)^2. Their code's factor a is 1 for VE and 1 - beta(t) / 1000 for VP, and
     missing for sub-VP; here it is the squared scale of the process's transition over 1 / 1000 of time, which is all
-    three. One evaluation a step; nothing where no noise is left. Goes before the rule, as in their code, or after it, as
-    in their algorithm 1.
+    three. One evaluation a step; nothing where no noise is left. Before the rule, as in their code, or after it, as in
+    their algorithm 1.
+
+    A step that depends on the sample's own norms is not exactly Langevin's: the variance becomes too large by a share
+    of about 4 / D for D values per sample with norm="sample", 2 / D with "dimension", and snr^2 with any.
 
     Args:
         snr: r of the paper, > 0; best on CIFAR-10: 0.16 for VE, 0.01 for VP.
         steps: M >= 1 steps per level.
-        norm: norms of z and the score over each "sample", averaged over the "batch" (their code: a sample then
-            depends on its batch), or each sample's score against |z| = sqrt("dimension").
+        norm: norms of z and the score over each "sample"; averaged over the "batch" (their code: a sample then
+            depends on its batch); or each sample's score against |z| = sqrt(D), "dimension".
         scale: a as above ("chain"), or alpha(t)^2 as printed in the paper ("marginal").
     """
 

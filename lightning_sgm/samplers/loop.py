@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sgm.denoiser import BaseDenoiser
 from lightning_sgm.processes.gaussian import CLEAN, Level
 from lightning_sgm.random import Draw
-from lightning_sgm.samplers.evaluation import Evaluation, Levels, Processes, State, per_component
+from lightning_sgm.samplers.evaluation import Evaluation, Processes, per_component
 from lightning_sgm.samplers.grids import Grid, Karras
 from lightning_sgm.samplers.hooks import Hook
 from lightning_sgm.samplers.rules import Heun, Rule
@@ -64,7 +64,7 @@ class Sampler:
         draw: Draw,
         *,
         start: Any = None,
-        on_step: Callable[[int, Levels, Any], None] | None = None,
+        on_step: Callable[[int, Any, Any], None] | None = None,
         **conditions: Tensor,
     ) -> Any:
         """Draw samples.
@@ -83,7 +83,7 @@ class Sampler:
         levels = self.levels(denoiser.process)
         evaluate = Evaluation(denoiser, conditions)
         x = self.prior(denoiser.process, shape, draw) if start is None else start
-        memory = self.rule.start(levels)
+        memory = self.rule.start(denoiser.process, levels)
         for step, (level, target) in enumerate(pairwise(levels)):
             for hook in self.before:
                 x = hook(evaluate, x, level, draw)
@@ -97,13 +97,13 @@ class Sampler:
         self.evaluations = evaluate.count
         return x
 
-    def levels(self, process: Processes) -> list[Levels]:
-        """The ``steps`` + 1 levels of a run."""
+    def levels(self, process: Processes) -> list[Any]:
+        """The ``steps`` + 1 levels of a run, as the grid gives them."""
         if self.finish != "clean":
             return self.grid(process, self.steps)
         return [*self.grid(process, self.steps - 1), per_component(lambda part: CLEAN, process)]
 
-    def prior(self, process: Processes, shape: Shape | None, draw: Draw) -> State:
+    def prior(self, process: Processes, shape: Shape | None, draw: Draw) -> Any:
         """Start noise N(0, sigma^2 I) at the first level, to be given as ``start`` where it has a source of its own."""
         if shape is None:
             raise ValueError("a sampler needs the shape of its samples, or their start")

@@ -16,6 +16,7 @@ from lightning_sgm.random import Draw
 from lightning_sgm.samplers.evaluation import (
     Evaluation,
     Levels,
+    Processes,
     first,
     is_clean,
     level_at,
@@ -53,7 +54,7 @@ class Rule:
     any other overrides :meth:`__call__`.
     """
 
-    def start(self, levels: list[Levels]) -> Any:
+    def start(self, process: Processes, levels: list[Levels]) -> Any:
         """Memory at the start of a run over ``levels``; most rules begin with none."""
         return None
 
@@ -72,23 +73,29 @@ class Rule:
             level: where ``x`` is.
             target: where to go, cleaner than ``level``; the last one may be without any noise.
             draw: source of the step's noise.
-            memory: what the last step returned.
+            memory: what :meth:`start` or the last step returned.
 
         Returns:
             The state at ``target``, the same before noise was added, and the memory for the next step.
         """
-        x0 = evaluate(x, level)
         if is_clean(target):
+            x0 = evaluate(x, level)
             return x0, x0, memory
+        coefficients = per_component(self.coefficients, evaluate.process, level, target)
+        return *_affine_step(evaluate, x, level, coefficients, draw), memory
 
-        def affine(x: Tensor, x0: Tensor, process: GaussianProcess, level: Level, target: Level) -> tuple[Any, ...]:
-            a, b, c = self.coefficients(process, level, target)
-            return a * x + b * x0, c
 
-        mean, std = per_component(affine, x, x0, evaluate.process, level, target)
-        if not first(std).any():
-            return mean, mean, memory
-        return per_component(_add_noise, mean, std, evaluate.noise_like(mean, draw)), mean, memory
+def _affine_step(
+    evaluate: Evaluation, x: Any, level: Levels, coefficients: tuple[Any, Any, Any], draw: Draw
+) -> tuple[Any, Any]:
+    """a x + b x_0 + c z and the same without noise."""
+    a, b, c = coefficients
+    mean = per_component(lambda x, x0, a, b: a * x + b * x0, x, evaluate(x, level), a, b)
+    return (_add_noise(evaluate, mean, c, draw) if first(c).any() else mean), mean
+
+
+def _add_noise(evaluate: Evaluation, mean: Any, std: Any, draw: Draw) -> Any:
+    return per_component(lambda mean, std, noise: mean + std * noise, mean, std, evaluate.noise_like(mean, draw))
 
 
 class Euler(Rule):
@@ -129,7 +136,7 @@ class Heun(Rule):
         x = per_component(_trapezoid, guess, x0, evaluate(guess, target), level, target)
         return x, x, memory
 
-    def _raise(self, evaluate: Evaluation, x: Any, level: Levels, draw: Draw) -> tuple[Any, Levels]:
+    def _raise(self, evaluate: Evaluation, x: Any, level: Levels, draw: Draw) -> tuple[Any, Any]:
         """Forward to the level with (1 + churn) times the ratio, as far as the process reaches."""
         ratio = (1.0 + self.churn) * first(level).ratio
         t = first(evaluate.process).t_from_ratio(ratio).clamp(max=1.0)
@@ -192,22 +199,40 @@ class Ancestral(Rule):
             return process.posterior(x0, x, level, target)
 
         mean, std = per_component(posterior, x0, x, evaluate.process, level, target)
-        return per_component(_add_noise, mean, std, evaluate.noise_like(mean, draw)), mean, memory
+        return _add_noise(evaluate, mean, std, draw), mean, memory
 
 
 class EulerMaruyama(Rule):
     """First-order solver of the reverse SDE (Song et al. 2021, eq. 6): mean = x - (f x - g^2 score) dt.
 
-    f and g are taken at t, and dt = t - s is the step of the grid (the authors' code uses 1 / N).
+    The noise is g sqrt(dt). f and g are taken at t; dt = t - s is the step of the grid (the authors' code uses 1 / N).
     """
 
-    def coefficients(self, process: GaussianProcess, level: Level, target: Level) -> Coefficients:
-        """The mean in x and x_0, and g sqrt(dt)."""
+    def start(self, process: Processes, levels: list[Levels]) -> Any:
+        """{t: (f, g^2)} of all levels, at once: differentiating in every step would cost as much as a small network."""
+
+        def table(process: GaussianProcess, *levels: Level) -> dict[float, tuple[Tensor, Tensor]]:
+            times = torch.stack([level.t for level in levels])
+            pairs = zip(process.drift(times), process.diffusion(times) ** 2, strict=True)
+            return dict(zip(times.tolist(), pairs, strict=True))
+
+        return per_component(table, process, *levels[:-1])
+
+    def __call__(
+        self, evaluate: Evaluation, x: Any, level: Levels, target: Levels, draw: Draw, memory: Any
+    ) -> tuple[Any, Any, Any]:
+        """One step, with f and g from the memory; see :class:`Rule`."""
+        if is_clean(target):
+            return super().__call__(evaluate, x, level, target, draw, memory)
+        coefficients = per_component(self._coefficients, level, target, memory)
+        return *_affine_step(evaluate, x, level, coefficients, draw), memory
+
+    def _coefficients(self, level: Level, target: Level, table: dict[float, tuple[Tensor, Tensor]]) -> Coefficients:
         _refuse_pure_noise(self, level)
         dt = level.t - target.t
-        g2 = process.diffusion(level.t) ** 2
+        f, g2 = table[float(level.t)]
         pull = g2 * dt / level.sigma**2
-        return 1.0 - process.drift(level.t) * dt - pull, pull * level.alpha, torch.sqrt(g2 * dt)
+        return 1.0 - f * dt - pull, pull * level.alpha, torch.sqrt(g2 * dt)
 
 
 class ReverseDiffusion(Rule):
@@ -228,10 +253,6 @@ class ReverseDiffusion(Rule):
         scale, std = process.transition(target, level)
         pull = (0.5 if self.deterministic else 1.0) * (std / level.sigma) ** 2
         return 2.0 - scale - pull, pull * level.alpha, torch.zeros_like(std) if self.deterministic else std
-
-
-def _add_noise(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-    return mean + std * noise
 
 
 def _refuse_pure_noise(rule: Rule, level: Level) -> None:

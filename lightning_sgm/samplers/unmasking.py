@@ -20,7 +20,7 @@ from lightning_sgm.denoiser import TokenDenoiser
 from lightning_sgm.processes.absorbing import AbsorbingProcess, Schedule
 from lightning_sgm.random import Draw
 
-Rule = Literal["tweedie", "euler", "any_order"]
+UnmaskingRule = Literal["tweedie", "euler", "any_order"]
 Order = Literal["random", "forward", "backward"]
 
 # Elements of one float64 workspace in draw_tokens (32 MiB): large vocabularies are drawn in blocks of rows.
@@ -49,7 +49,7 @@ class UnmaskingSampler:
     def __init__(
         self,
         steps: int = 128,
-        rule: Rule = "tweedie",
+        rule: UnmaskingRule = "tweedie",
         order: Order = "random",
         top_p: float | None = None,
         top_k: int | None = None,
@@ -69,7 +69,7 @@ class UnmaskingSampler:
         if not 0 < eps < 1:
             raise ValueError(f"eps of the unmasking sampler must lie strictly between 0 and 1, got {eps}")
         self.steps = steps
-        self.rule: Rule = rule
+        self.rule: UnmaskingRule = rule
         self.order: Order = order
         self.top_p = top_p
         self.top_k = top_k
@@ -147,7 +147,7 @@ class UnmaskingSampler:
             cumulative[-1] = 1.0
             step = torch.searchsorted(cumulative, uniform, right=True)
         elif self.order == "random":
-            step = uniform.argsort(dim=1).argsort(dim=1)
+            step = uniform.argsort(dim=1)
         else:
             step = torch.arange(masked.shape[1], device=masked.device).expand_as(masked)
             step = step.flip(1) if self.order == "backward" else step

@@ -15,7 +15,7 @@ def test_a_network_is_kept_and_a_factory_gets_the_spec():
 
 
 def test_a_missing_entry_names_network_and_data():
-    with pytest.raises(ValueError, match="UNet needs 'shape'.*'text'"):
+    with pytest.raises(ValueError, match=r"UNet needs 'shape'.*'text'"):
         entry({"kind": "text"}, "shape", "UNet")
 
 

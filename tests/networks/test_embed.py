@@ -47,7 +47,7 @@ def test_unusable_widths_and_kinds_are_refused():
         with pytest.raises(ValueError, match="even width"):
             make()
     with pytest.raises(ValueError, match="positional"):
-        label_embedding("learned", 8)
+        label_embedding("learned", 8)  # type: ignore[arg-type]
 
 
 def rotate(x, tables):

@@ -73,6 +73,18 @@ def test_the_noise_label_matters_and_may_be_fractional(embedding, near, far):
     assert 0 < (first - same).norm() < 0.1 * (first - other).norm()
 
 
+def test_positional_weights_are_those_of_the_plain_diffusers_model():
+    """So they can be exported as such."""
+    from diffusers import UNet2DModel
+
+    network = perturbed(attention=[4], conditional=True)
+    plain = UNet2DModel.from_config(network.model.config).eval()
+    plain.load_state_dict(network.model.state_dict(), strict=True)
+    x, noise, label = torch.randn(3, 1, 8, 8), torch.tensor([0.4, 30.0, 999.0]), torch.tensor([0, 9, 10])
+    expected = plain(x, noise, class_labels=label).sample
+    torch.testing.assert_close(network(x, noise, label=label), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_fourier_frequencies_are_saved():
     network, again = (UNet(DIGITS, channels=[8], embedding="fourier") for _ in range(2))
     again.load_state_dict(network.state_dict())
@@ -80,7 +92,7 @@ def test_fourier_frequencies_are_saved():
 
 
 def test_groups_divide_all_levels():
-    for channels, groups in (([16, 32], 4), ([24, 36], 3), ([128, 256], 32), ([5, 7], 1), ([320, 640], 32)):
+    for channels, groups in (([16, 32], 4), ([24, 36], 3), ([128, 256], 32), ([6, 10], 1), ([320, 640], 32)):
         assert UNet({"shape": [1, 8, 8]}, channels=channels).model.conv_norm_out.num_groups == groups
 
 

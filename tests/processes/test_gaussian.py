@@ -1,9 +1,9 @@
 import math
 
-import mpmath
+import mpmath  # type: ignore[import-untyped]
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sgm.processes.gaussian import (
@@ -89,6 +89,7 @@ CLOSED_FORMS = {
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 @given(t=times)
+@settings(deadline=None)
 def test_closed_forms(name, t):
     process = PROCESSES[name]
     f, g2, alpha, sigma = (float(v) for v in CLOSED_FORMS[name](mpmath.mpf(t)))
@@ -113,6 +114,7 @@ def test_noise_levels_at_the_times_of_the_papers(process, ratios):
 
 
 @given(t=times)
+@settings(deadline=None)
 def test_inverses_by_the_integral_of_beta(t):
     ratio = float(VP().level(t).ratio)
     assert math.log1p(ratio**2) == pytest.approx(integral(t), rel=1e-9)
@@ -122,6 +124,7 @@ def test_inverses_by_the_integral_of_beta(t):
 
 
 @given(t=times, low=st.floats(1e-3, 1.0), spread=st.floats(0.1, 50.0))
+@settings(deadline=None)
 def test_sub_vp_has_less_noise_than_vp(t, low, spread):
     vp, sub = VP(low, low + spread).level(t), SubVP(low, low + spread).level(t)
     assert sub.sigma <= vp.sigma
@@ -160,6 +163,7 @@ def test_no_digits_are_lost_near_zero(name, t):
 
 
 @given(s=st.floats(1e-5, 0.999), step=st.floats(1e-13, 1e-3))
+@settings(deadline=None)
 def test_short_steps_lose_no_digits(s, step):
     t = s + step
     beta = mpmath.mpf(0)
@@ -222,6 +226,7 @@ def test_sampled_euler_maruyama_reproduces_the_marginal(process):
 
 @every_process
 @given(t=times)
+@settings(deadline=None)
 def test_time_from_level_and_back(process, t):
     assert float(process.t_from_log_snr(process.log_snr(t))) == pytest.approx(t, rel=1e-7, abs=1e-10)
     assert float(process.t_from_ratio(process.level(t).ratio)) == pytest.approx(t, rel=1e-7, abs=1e-10)
@@ -229,6 +234,7 @@ def test_time_from_level_and_back(process, t):
 
 @every_process
 @given(log_snr=st.floats(-8.0, 7.0))
+@settings(deadline=None)
 def test_level_from_its_snr(process, log_snr):
     low, high = float(process.log_snr(1.0)), float(process.log_snr(0.0))
     found = float(process.log_snr(process.t_from_log_snr(log_snr)))
@@ -237,6 +243,7 @@ def test_level_from_its_snr(process, log_snr):
 
 @every_process
 @given(log_snr=st.floats(-30.0, 30.0))
+@settings(deadline=None)
 def test_closed_inverses_agree_with_bisection(process, log_snr):
     closed, bisected = process.t_from_log_snr(log_snr), GaussianProcess.t_from_log_snr(process, log_snr)
     assert float(closed) == pytest.approx(float(bisected), rel=1e-7, abs=1e-10)
@@ -306,6 +313,14 @@ def test_derivatives_in_every_grad_mode(process):
         with mode:
             for found, truth in zip(process.derivatives(t.clone()), expected, strict=True):
                 torch.testing.assert_close(found, truth)
+
+
+@every_process
+def test_one_time_expanded_over_a_batch(process):
+    shared = tensor(0.3).expand(5)
+    for found, truth in zip(process.derivatives(shared), process.derivatives(0.3), strict=True):
+        torch.testing.assert_close(found, truth.expand(5))
+    assert process.diffusion(shared).shape == (5,)
 
 
 def test_perturb_keeps_shape_and_type_and_follows_each_row():

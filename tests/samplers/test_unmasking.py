@@ -359,6 +359,30 @@ def test_an_impossible_token_is_never_drawn(weights, uniform, top_p, top_k):
     assert weights[token.item()] > 0
 
 
+def test_every_token_of_a_large_vocabulary_has_its_own_interval():
+    probs = 1.0 / torch.arange(1, 50258, dtype=torch.float64)
+    probs /= probs.sum()
+    tokens = torch.linspace(0, 50256, 200).long()
+    middle = (probs.cumsum(0) - 0.5 * probs)[tokens]
+    log_probs = probs.log().float().log_softmax(0).expand(200, -1)
+    assert torch.equal(draw_tokens(log_probs, middle), tokens)
+
+
+def test_tokens_rarer_than_float32_can_see_are_drawn():
+    probs = torch.tensor([0.5, 1e-12, 0.5], dtype=torch.float64)
+    uniform = (probs.cumsum(0) - 0.5 * probs) / probs.sum()
+    assert draw_tokens(probs.log().expand(3, 3), uniform).tolist() == [0, 1, 2]
+
+
+def test_a_rounding_error_in_the_sums_cannot_draw_an_impossible_token(monkeypatch):
+    # Parallel sums on a GPU may rise where the probability is 0; here they do so by a lot.
+    cumsum = torch.Tensor.cumsum
+    rise = torch.tensor([0.0, 0.0, 0.2, 0.2])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, *args, **kwargs: cumsum(x, *args, **kwargs) + rise)
+    log_probs = torch.tensor([[0.3, 0.7, 0.0, 0.0]]).log()
+    assert draw_tokens(log_probs, torch.tensor([0.9], dtype=torch.float64)).item() == 1
+
+
 def test_large_vocabularies_are_drawn_in_blocks_with_the_same_result(monkeypatch):
     log_probs, uniform = torch.randn(50, 7).log_softmax(1), Draw(13).uniform((50,), torch.float64)
     whole = draw_tokens(log_probs, uniform, 0.9)

@@ -1,0 +1,158 @@
+"""fit, validate, test and predict of every recipe, as a user types them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+from tests.conftest import ROOT, TINY
+
+RECIPES = sorted(TINY)
+
+
+def test_every_recipe_is_tested():
+    names = {p.relative_to(ROOT / "recipes").with_suffix("").as_posix() for p in (ROOT / "recipes").rglob("*.yaml")}
+    assert {name for name in names if "/" not in name} == set(TINY)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fit_validate_test_predict(cli, recipe: str, tmp_path: Path):
+    tiny = TINY[recipe]
+    code, out, err = cli("fit", "--config", recipe, *tiny)
+    assert code == 0, err
+    run = tmp_path / "runs" / recipe / "version_0"
+    assert "tensorboard --logdir runs/" + recipe in out
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert list((run / "samples").iterdir())
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["trainer"]["max_steps"] == 4
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    assert [float(r["train/loss"]) for r in rows if r.get("train/loss")]
+    assert [float(r["val/loss"]) for r in rows if r.get("val/loss")]
+    events = EventAccumulator(str(run)).Reload()
+    assert "train/loss" in events.Tags()["scalars"]
+    shown = events.Tags()["images"] + events.Tags()["tensors"]
+    assert any(tag.startswith("samples") for tag in shown)
+
+    code, out, err = cli("validate", "--config", recipe, *tiny)
+    assert code == 0, err
+    numbers = json.loads((run / "validate.json").read_text())
+    assert numbers["val/loss"] > 0
+
+    code, out, err = cli("test", "--config", recipe, *tiny)
+    assert code == 0, err
+    numbers = json.loads((run / "test.json").read_text())
+    assert numbers["test/loss"] > 0
+    assert numbers["checkpoint"].endswith("last.ckpt")
+
+    code, out, err = cli("predict", "--config", recipe, "--num_samples", "3", "--batch_size", "2", *tiny)
+    assert code == 0, err
+    assert "3 samples" in out
+    assert not (tmp_path / "runs" / recipe / "version_1").exists()
+
+
+def test_test_reports_samples_and_floor(cli, tmp_path: Path):
+    cli("fit", "--config", "score_sde", *TINY["score_sde"])
+    code, _, err = cli("test", "--config", "score_sde", *TINY["score_sde"])
+    assert code == 0, err
+    numbers = json.loads((tmp_path / "runs/score_sde/version_0/test.json").read_text())
+    assert 0 < numbers["test/floor/frechet_pixels"] < numbers["test/samples/frechet_pixels"]
+    assert numbers["test/samples/evaluations"] == 5  # Heun, 3 steps, the last one clean
+
+
+def test_perplexity_has_a_standard_error(cli, tmp_path: Path):
+    cli("fit", "--config", "radd", *TINY["radd"])
+    code, _, err = cli("test", "--config", "radd", *TINY["radd"])
+    assert code == 0, err
+    numbers = json.loads((tmp_path / "runs/radd/version_0/test.json").read_text())
+    assert numbers["test/perplexity"] == pytest.approx(2.718281828 ** numbers["test/nll"], rel=1e-4)
+    assert 0 < numbers["test/standard_error"] < 0.2 * numbers["test/nll"]
+
+
+def test_predict_needs_neither_recipe_nor_data_and_does_not_depend_on_the_batch(cli, tmp_path: Path):
+    cli("fit", "--config", "score_sde", *TINY["score_sde"])
+    checkpoint = tmp_path / "runs/score_sde/version_0/checkpoints/last.ckpt"
+    pictures = []
+    for batch_size in ("1", "4"):
+        code, _out, err = cli("predict", "--ckpt_path", checkpoint, "--num_samples", "4", "--batch_size", batch_size)
+        assert code == 0, err
+        files = sorted((tmp_path / "runs/score_sde/version_0/predictions").glob("*.png"))
+        pictures.append([torch.tensor(list(Image.open(f).tobytes())) for f in files])
+    assert len(pictures[0]) >= 4
+    for a, b in zip(*pictures, strict=True):
+        assert (a - b).abs().max() <= 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_last_resumes_exactly(cli, recipe: str, tmp_path: Path):
+    """Six updates in one go and three plus three end in the same weights, optimiser and EMA."""
+    tiny = [t for t in TINY[recipe] if not t.startswith(("--trainer.max_steps", "--trainer.val_check"))]
+    tiny += ["--trainer.val_check_interval=2", "--model.decay=constant"]  # cosine looks at the run's length
+    straight = tmp_path / "straight"
+    assert cli("fit", "--config", recipe, *tiny, "--trainer.max_steps=6", "--trainer.run_dir", straight)[0] == 0
+    assert cli("fit", "--config", recipe, *tiny, "--trainer.max_steps=3")[0] == 0
+    code, _, err = cli("fit", "--config", recipe, *tiny, "--trainer.max_steps=6", "--ckpt_path", "last")
+    assert code == 0, err
+    run = tmp_path / "runs" / recipe / "version_0"
+    assert not (run.parent / "version_1").exists()
+    one, two = (torch.load(f / "checkpoints/last.ckpt", weights_only=True) for f in (straight, run))
+    assert one["global_step"] == two["global_step"] == 6
+    for part in ("state_dict", "raw_state"):
+        assert one[part].keys() == two[part].keys()
+        for key in one[part]:
+            assert torch.equal(one[part][key], two[part][key]), key
+    for a, b in zip(
+        one["optimizer_states"][0]["state"].values(), two["optimizer_states"][0]["state"].values(), strict=True
+    ):
+        assert torch.equal(a["exp_avg"], b["exp_avg"])
+    assert (run / "metrics.1.csv").exists()
+
+
+def test_the_command_line_beats_the_recipe_and_the_recipe_the_checkpoint(cli, tmp_path: Path):
+    tiny = TINY["radd"]
+    cli("fit", "--config", "radd", *tiny, "--model.warmup=3")
+    checkpoint = tmp_path / "runs/radd/version_0/checkpoints/last.ckpt"
+    code, _out, _ = cli("fit", "--ckpt_path", checkpoint, "--print_config")
+    assert code == 0
+    code, _, err = cli(
+        "fit", "--model.passes=2", "--ckpt_path", checkpoint, "--trainer.max_steps=5", "--samples.count=1"
+    )
+    assert code == 0, err
+    saved = yaml.safe_load((tmp_path / "runs/run/version_0/config.yaml").read_text())
+    assert saved["model"]["init_args"]["warmup"] == 3  # from the checkpoint
+    assert saved["model"]["init_args"]["passes"] == 2  # from the command line
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model:\n  init_args:\n    warmup: 7\n")
+    code, _, err = cli("fit", overlay, "--ckpt_path", checkpoint, "--trainer.max_steps=5", "--samples.count=1")
+    assert code == 0, err
+    saved = yaml.safe_load((tmp_path / "runs/overlay/version_0/config.yaml").read_text())
+    assert saved["model"]["init_args"]["warmup"] == 7
+
+
+def test_print_config_shows_everything(cli):
+    code, out, _ = cli("fit", "--config", "radd", "--model.objective.loss", "t_DCE", "--print_config")
+    assert code == 0
+    shown = yaml.safe_load(out)
+    assert shown["model"]["init_args"]["objective"]["init_args"]["loss"] == "t_DCE"
+    assert shown["ema"]["decay"] == 0.9999
+
+
+def test_network_can_be_swapped(cli, tmp_path: Path):
+    code, _, err = cli(
+        "fit",
+        "--config",
+        "score_sde",
+        *TINY["score_sde"],
+        "--model.network=MLP",
+        "--model.network.width=8",
+    )
+    assert code == 0, err
+    saved = yaml.safe_load((tmp_path / "runs/score_sde/version_0/config.yaml").read_text())
+    assert saved["model"]["init_args"]["network"]["init_args"]["width"] == 8
