@@ -53,7 +53,7 @@ class CLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """As Lightning's, but sampling works without data: their spec is in the checkpoint."""
-        parser.add_lightning_class_args(self.trainer_class, "trainer")  # type: ignore[arg-type]
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True)
         parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True, required=False)
 
@@ -100,6 +100,8 @@ class CLI(LightningCLI):
 def run(arguments: list[str]) -> int:
     """Run a trainer command; exit code 0, 1 (failed while running), 2 (wrong usage), 130 (Ctrl-C) or 143 (SIGTERM)."""
     debug = "--debug" in arguments
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's own my.py, also for the installed script
     try:
         invocation = prepare([a for a in arguments if a != "--debug"])
         quiet()

@@ -7,4 +7,5 @@ from lightning.pytorch import LightningModule, Trainer
 
 def updates(trainer: Trainer, pl_module: LightningModule) -> int:
     """Optimiser updates of the model so far: the module's own count, or Lightning's steps if it keeps none."""
-    return int(getattr(pl_module, "updates", trainer.global_step))
+    own: int | None = getattr(pl_module, "updates", None)
+    return trainer.global_step if own is None else own

@@ -37,6 +37,7 @@ class Throughput(Callback):
         self._seen = 0
         self._stopped = 0
         self._stopped_at = 0.0
+        self._processes = 1
         self._restart()
 
     def _restart(self) -> None:
@@ -49,6 +50,7 @@ class Throughput(Callback):
         """Begin."""
         self._seen = updates(trainer, pl_module)
         self._stopped = 0
+        self._processes = trainer.world_size
         self._restart()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -61,10 +63,10 @@ class Throughput(Callback):
         """Count the batch; write at the cadence."""
         x = batch["x"]
         self._batches += 1
-        self._window_examples += len(x) * trainer.world_size
-        self._examples += len(x) * trainer.world_size
+        self._window_examples += len(x) * self._processes
+        self._examples += len(x) * self._processes
         if x.dtype == torch.long:
-            self._window_tokens += x.numel() * trainer.world_size
+            self._window_tokens += x.numel() * self._processes
         now = updates(trainer, pl_module)
         every = self.every or max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if now // every > self._seen // every:

@@ -75,11 +75,10 @@ class RADD(GenerativeModule):
         return torch.device("cpu")
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
-        """Any-order negative log-likelihood bound per example, (B,), in nats per token, and in bits per byte."""
+        """Any-order NLL bound per example, (B,): "loss" nats per sequence, "nll" nats per token, bits per byte."""
         terms = self.objective(self.denoiser, batch["x"], draw, **self.conditions(batch))
-        nll = terms.get("nll", terms["loss"])
         if self.spec.get("bytes_per_token"):
-            terms["bits_per_byte"] = nll / (math.log(2.0) * self.spec["bytes_per_token"])
+            terms["bits_per_byte"] = terms["nll"] / (math.log(2.0) * self.spec["bytes_per_token"])
         return terms
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -87,7 +86,7 @@ class RADD(GenerativeModule):
         super().test_step(batch, batch_idx)
         for repeat in range(self.passes):
             terms = self.losses(batch, self.evaluation_draw(batch, repeat))
-            self.likelihood.update(terms.get("nll", terms["loss"]), batch["index"], tokens=batch["x"].shape[1])
+            self.likelihood.update(terms["nll"], batch["index"], tokens=batch["x"].shape[1])
 
     def on_test_epoch_end(self) -> None:
         """Perplexity and bits with standard errors, then the samples' metrics."""

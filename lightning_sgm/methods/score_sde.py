@@ -16,6 +16,7 @@ from lightning_sgm.networks.base import Network, Spec, build
 from lightning_sgm.objectives.denoising import DenoisingObjective
 from lightning_sgm.processes.gaussian import VP, GaussianProcess
 from lightning_sgm.random import Draw
+from lightning_sgm.samplers.evaluation import first
 from lightning_sgm.samplers.loop import Sampler
 
 
@@ -64,6 +65,11 @@ class ScoreSDE(GenerativeModule):
         self.objective = objective
         self.sampler = sampler
         self.denoiser = Denoiser(self.network, process, preconditioning)
+        if preconditioning.prediction in ("noise", "score") and first(sampler.levels(process)[0]).alpha == 0:
+            raise ValueError(
+                f"at t = 1 nothing of the data is left under {type(process).__name__}, so the {preconditioning.prediction} "
+                "says nothing about x_0 there: predict v, x0 or velocity, or sample on a grid that ends before, LogUniform"
+            )
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Weighted denoising error per example, (B,)."""

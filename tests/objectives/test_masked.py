@@ -67,7 +67,8 @@ def test_all_losses_estimate_the_any_order_likelihood(loss, stratification):
     denoiser, x0 = frozen(), torch.tensor([3, 0, 4, 1])
     exact = any_order_nll(denoiser, x0)
     objective, draw = MaskedObjective(loss, stratification), Draw(7)
-    means = torch.stack([objective(denoiser, x0.expand(512, 4), draw)["loss"].double().mean() for _ in range(40)])
+    draws = [objective(denoiser, x0.expand(512, 4), draw)["loss"] for _ in range(40)]
+    means = torch.stack(draws).div(4).double().mean(1)
     error = means.std() / math.sqrt(len(means))
     # The times below t_min = 1e-3 are worth at most about ln V / 1000 per token.
     assert abs(means.mean() - exact) < 4 * error + 0.003
@@ -85,7 +86,7 @@ def test_t_losses_have_the_expectation_of_their_schedule(schedule):
     for subset, nll in subset_nll(denoiser, x0).items():
         at_time += share ** len(subset) * (1 - share) ** (4 - len(subset)) * nll
     exact = torch.trapezoid(at_time * rate / torch.expm1(total), t).item() / (1 - 1e-3) / 4
-    for objective, key in ((MaskedObjective("t_DSE"), "loss"), (MaskedObjective("t_DCE"), "nll")):
+    for objective, key in ((MaskedObjective("t_DSE"), "nll"), (MaskedObjective("t_DCE"), "nll")):
         draw = Draw(3)
         means = torch.stack([objective(denoiser, x0.expand(512, 4), draw)[key].double().mean() for _ in range(30)])
         assert abs(means.mean() - exact) < 4 * means.std() / math.sqrt(len(means))
@@ -98,7 +99,7 @@ def test_with_the_true_conditionals_the_loss_is_the_entropy():
     joint /= joint.sum()
     oracle, objective = JointOracle(joint), MaskedObjective("k_DCE")
     x0 = oracle.sequences[torch.multinomial(joint.flatten(), 20000, replacement=True)]
-    losses = objective(oracle_denoiser(oracle), x0, Draw(0))["loss"]
+    losses = objective(oracle_denoiser(oracle), x0, Draw(0))["loss"].div(x0.shape[1])
     entropy = -(joint * joint.log()).sum().item() / 3
     assert losses.mean().item() == pytest.approx(entropy, abs=4 * losses.std().item() / math.sqrt(20000))
 
@@ -109,9 +110,11 @@ def test_a_new_network_scores_log_v(loss):
     denoiser = TokenDenoiser(MaskedTransformer(spec, width=8, blocks=1, heads=2), AbsorbingProcess(), 50)
     x0 = torch.randint(50, (2048, 16))
     result = MaskedObjective(loss)(denoiser, x0, Draw(1))
-    nll = result.get("nll", result["loss"])
+    nll = result["nll"]
     assert result["loss"].dtype == torch.float32
     assert nll.mean().item() == pytest.approx(math.log(50), rel=0.03)
+    if loss != "t_DCE":
+        torch.testing.assert_close(result["loss"], 16 * nll)
     if loss == "k_DCE":
         torch.testing.assert_close(nll, torch.full((2048,), math.log(50)))
 
@@ -136,12 +139,12 @@ def test_t_dse_is_the_score_entropy(schedule):
     score = r[..., None] * denoiser.log_probs(x0.masked_fill(mask, 5)).double().exp()
     at_token = -score.gather(2, x0[..., None])[..., 0].log()
     entropy = (mask * (r * at_token + score.sum(-1) + r * r.log() - r)).sum(1) * schedule.rate(t) / 4
-    got = objective(denoiser, x0, Draw(11))["loss"]
+    got = objective(denoiser, x0, Draw(11))["loss"].div(x0.shape[1])
     torch.testing.assert_close(got.double(), entropy, rtol=1e-4, atol=1e-5)
 
 
 def gradients(objective, denoiser, x0, seed=0):
-    loss = objective(denoiser, x0, Draw(seed))["loss"].mean()
+    loss = objective(denoiser, x0, Draw(seed))["loss"].div(x0.shape[1]).mean()
     return loss.item(), torch.autograd.grad(loss, list(denoiser.network.parameters()))
 
 
@@ -161,7 +164,7 @@ def test_the_constant_of_t_dce_has_no_mean():
     """Over all times; the integral of lambda sigma / (e^S - 1) ln(e^S - 1) dt vanishes."""
     denoiser = oracle_denoiser(ConstantOracle(torch.full((4,), 0.25)))
     result = MaskedObjective("t_DCE")(denoiser, torch.zeros(20000, 8, dtype=torch.int64), Draw(2))
-    extra = (result["loss"] - result["nll"]).double()
+    extra = (result["loss"].div(8) - result["nll"]).double()
     assert abs(extra.mean()) < 4 * extra.std() / math.sqrt(20000) + 0.01
     assert extra.std() > 0.3
 
@@ -173,7 +176,7 @@ def test_one_draw_is_worth_what_the_table_says(loss):
     denoiser, x0, objective = frozen(), torch.randint(5, (8, 4)), MaskedObjective(loss)
     seen = []
     denoiser.network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    got = objective(denoiser, x0, Draw(4))["loss"]
+    got = objective(denoiser, x0, Draw(4))["loss"].div(x0.shape[1])
     masking = objective.draw_masking(denoiser.process, 8, 4, Draw(4))
     x = seen[0]
     assert ((x == x0) | (x == 5)).all()
@@ -266,8 +269,8 @@ def test_extreme_numbers_stay_finite(loss, stratification, value):
 def test_in_exact_mode_no_row_depends_on_its_batch(loss):
     denoiser, x0, objective = frozen(), torch.randint(5, (10, 4)), MaskedObjective(loss)
     draw = Draw(9, keys=torch.arange(100, 110))
-    whole, index = objective(denoiser, x0, draw)["loss"], torch.tensor([7, 2, 3])
-    torch.testing.assert_close(objective(denoiser, x0[index], draw.rows(index))["loss"], whole[index])
+    whole, index = objective(denoiser, x0, draw)["loss"].div(x0.shape[1]), torch.tensor([7, 2, 3])
+    torch.testing.assert_close(objective(denoiser, x0[index], draw.rows(index))["loss"].div(x0.shape[1]), whole[index])
 
 
 @torch.no_grad()
@@ -278,7 +281,7 @@ def test_strata_remove_the_noise_of_k():
     denoiser, x0, draw = oracle_denoiser(JointOracle(joint)), torch.ones(32, 4, dtype=torch.int64), Draw(1)
     for stratification in STRATIFICATIONS:
         objective = MaskedObjective("k_DCE", stratification)
-        means = torch.stack([objective(denoiser, x0, draw)["loss"].mean() for _ in range(50)])
+        means = torch.stack([objective(denoiser, x0, draw)["loss"].div(x0.shape[1]).mean() for _ in range(50)])
         assert bool((means - math.log(3) / 4).abs().max() < 1e-6) == (stratification != "independent")
 
 
@@ -308,7 +311,7 @@ class HalfLogits(TokenNetwork):
 
 def test_softmax_is_float32_whatever_the_logits():
     x0 = torch.randint(5, (6, 7))
-    loss = MaskedObjective()(TokenDenoiser(HalfLogits(), AbsorbingProcess(), 5), x0, Draw(0))["loss"]
+    loss = MaskedObjective()(TokenDenoiser(HalfLogits(), AbsorbingProcess(), 5), x0, Draw(0))["loss"].div(x0.shape[1])
     nll = masked_nll(TokenDenoiser(HalfLogits(), AbsorbingProcess(), 5), x0, torch.ones(6, 7, dtype=torch.bool))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(nll.double(), -HalfLogits.row.double().log_softmax(0)[x0].sum(1), rtol=1e-6, atol=0)
