@@ -26,6 +26,7 @@ options:
   --config RECIPE     a recipe's name or a YAML file; several are merged from left to right
   --ckpt_path last    the newest checkpoint of the recipe's runs; or a file
   --print_config      show every value that would be used, and stop
+  --allow PACKAGE     let a checkpoint use classes of this package of yours
   --debug             full traceback instead of one line when something goes wrong
   --version           print the version
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import tempfile
@@ -34,6 +35,7 @@ class Invocation:
         recipe: the first recipe as the user wrote it.
         checkpoint: checkpoint file to start from, if any.
         run_dir: folder of this run, unless the options name one.
+        allow: packages whose classes a checkpoint may ask for (``--allow`` adds one).
     """
 
     command: str
@@ -42,6 +44,7 @@ class Invocation:
     recipe: str | None = None
     checkpoint: Path | None = None
     run_dir: Path | None = None
+    allow: list[str] = field(default_factory=lambda: ["lightning_sgm", "datamodules", "torch", "torchmetrics"])
 
     def argv(self, checkpoint_config: str | None) -> list[str]:
         """Arguments for the parser: the checkpoint's values, recipes, options, later ones winning."""
@@ -82,12 +85,14 @@ def prepare(argv: list[str]) -> Invocation:
     rest = iter(argv[1:])
     for argument in rest:
         key, has_value, value = argument.partition("=")
-        if key in ("-c", "--config", "--ckpt_path"):
+        if key in ("-c", "--config", "--ckpt_path", "--allow"):
             value = value if has_value else next(rest, "")
             if not value:
                 raise UsageError(f"{key} needs a value after it")
             if key == "--ckpt_path":
                 checkpoint = value
+            elif key == "--allow":
+                invocation.allow.append(value)
             else:
                 _add_config(invocation, value)
         elif (
@@ -177,6 +182,7 @@ def _stored_values(invocation: Invocation) -> dict[str, object]:
     """Class paths and arguments of a checkpoint's model and data, as a recipe has them."""
     assert invocation.checkpoint is not None
     stored = hyper_parameters(invocation.checkpoint)
+    _check_classes([stored.model_class, stored.data_class, stored.model, stored.data], invocation)
     values: dict[str, object] = {}
     if stored.model_class:
         model = dict(stored.model)
@@ -187,3 +193,22 @@ def _stored_values(invocation: Invocation) -> dict[str, object]:
             model.pop("spec", None)
         values["model"] = {"class_path": stored.model_class, "init_args": model}
     return values
+
+
+def _check_classes(stored: object, invocation: Invocation) -> None:
+    """Refuse a checkpoint that names classes of other packages: importing one runs its code."""
+    if isinstance(stored, dict):
+        _check_classes(list(stored.values()), invocation)
+    elif isinstance(stored, list | tuple):
+        for entry in stored:
+            _check_classes(entry, invocation)
+    elif isinstance(stored, str) and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", stored):
+        package = stored.partition(".")[0]
+        if package not in invocation.allow and _is_module(package):
+            raise UsageError(
+                f"{invocation.checkpoint} asks for {stored}; if you trust it, add --allow {package} to the command"
+            )
+
+
+def _is_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None

@@ -94,7 +94,7 @@ def _parameters(class_path: str) -> Iterable[str]:
 def one_line(error: BaseException) -> str:
     """The message of an exception without the layers that parsers and loaders wrap around it."""
     cause = error
-    while cause.__cause__ is not None:
+    while cause.__cause__ is not None and any(noise in str(cause) for noise in _NOISE):
         cause = cause.__cause__
     text = str(cause) or str(error) or type(cause).__name__
     if isinstance(cause, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError) and cause.filename:

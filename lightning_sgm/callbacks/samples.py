@@ -14,6 +14,7 @@ from torch import Tensor, distributed
 
 from lightning_sgm.callbacks.clock import updates
 from lightning_sgm.callbacks.ema import EMA
+from lightning_sgm.callbacks.throughput import untimed
 from lightning_sgm.io.writers import Writer, writer_for
 
 if TYPE_CHECKING:
@@ -68,6 +69,10 @@ class SampleLogger(Callback):
         self._drawn = step = updates(trainer, module)
         if not trainer.is_global_zero and not isinstance(trainer.strategy, _SHARDED):
             return
+        with untimed(trainer):
+            self._draw_now(trainer, module, step)
+
+    def _draw_now(self, trainer: Trainer, module: GenerativeModule, step: int) -> None:
         with _averaged(trainer, module), _evaluating(module), trainer.precision_plugin.predict_step_context():
             batch = module.sample(torch.arange(self.count, device=module.device))
         if not trainer.is_global_zero:

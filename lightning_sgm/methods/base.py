@@ -83,7 +83,7 @@ class GenerativeModule(LightningModule):
             self.save_hyperparameters()
         else:
             kept = {k: v for k, v in arguments.items() if k not in ("self", "__class__") and _is_plain(v)}
-            self.save_hyperparameters(kept)
+            self.save_hyperparameters({**kept, "_class_path": f"{type(self).__module__}.{type(self).__qualname__}"})
 
     # What a method gives.
 
@@ -111,8 +111,9 @@ class GenerativeModule(LightningModule):
         return Draw(mix(_EVALUATE, repeat), keys=batch["index"].to(self.noise_device))
 
     def _train_draw(self, batch: Batch) -> Draw:
-        # Counts batches, not updates: with gradient accumulation every micro-batch has its own noise.
-        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        # Counts finished batches, not updates: with gradient accumulation every micro-batch has its own noise, and a
+        # step that an interruption cut short is repeated with the same.
+        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
         if self.exact:
             return Draw(mix(run_seed(), _TRAIN, step), keys=batch["index"].to(self.noise_device))
         return Draw(mix(run_seed(), _TRAIN, step, self.global_rank), device=self.noise_device)

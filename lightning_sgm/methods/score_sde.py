@@ -67,8 +67,8 @@ class ScoreSDE(GenerativeModule):
         self.denoiser = Denoiser(self.network, process, preconditioning)
         if preconditioning.prediction in ("noise", "score") and first(sampler.levels(process)[0]).alpha == 0:
             raise ValueError(
-                f"at t = 1 nothing of the data is left under {type(process).__name__}, so the {preconditioning.prediction} "
-                "says nothing about x_0 there: predict v, x0 or velocity, or sample on a grid that ends before, LogUniform"
+                f"nothing of the data is left at t = 1 under {type(process).__name__}, so {preconditioning.prediction} "
+                "prediction says nothing about x_0 there: predict v, x0 or velocity, or sample on the grid LogUniform"
             )
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:

@@ -87,14 +87,14 @@ def bare(batch_size: int, steps: int, averaged: bool = False) -> float:
 
 
 class Stopwatch(pl.Callback):
-    """CPU seconds from the first to the last step."""
+    """CPU seconds from the start of the first step to that of the last, after which a checkpoint is written."""
 
     def on_train_start(self, *_: Any) -> None:
         """Start."""
         self.start = time.process_time()
 
-    def on_train_end(self, *_: Any) -> None:
-        """Stop."""
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Stop, unless another step follows."""
         self.seconds = time.process_time() - self.start
 
 
@@ -114,7 +114,7 @@ def lightning_alone(batch_size: int, steps: int) -> float:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return fit(pl.Trainer(accelerator="cpu", max_steps=steps, callbacks=watch, **off), watch, batch_size)
+    return fit(pl.Trainer(accelerator="cpu", max_steps=steps + 1, callbacks=watch, **off), watch, batch_size)
 
 
 def framework(batch_size: int, steps: int) -> float:
@@ -123,7 +123,7 @@ def framework(batch_size: int, steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         callbacks: list[pl.Callback] = [watch, SampleLogger(every=10**9), Checkpoints(every=10**9)]
         callbacks[1].on_train_end = lambda *_: None  # type: ignore[method-assign]
-        trainer = Trainer(run_dir=str(Path(folder)), accelerator="cpu", max_steps=steps, callbacks=callbacks)
+        trainer = Trainer(run_dir=str(Path(folder)), accelerator="cpu", max_steps=steps + 1, callbacks=callbacks)
         return fit(trainer, watch, batch_size)
 
 

@@ -126,3 +126,15 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(cl
         "fit", "--config", "score_sde", *TINY["score_sde"], "--model.optimizer.init_args.lr=1e30", "--model.warmup=0"
     )
     assert "not a number" in _message(code, err, 1)
+
+
+def test_a_checkpoint_may_not_import_what_it_likes(cli, tmp_path: Path):
+    cli("fit", "--config", "score_sde", *TINY["score_sde"])
+    path = tmp_path / "runs/score_sde/version_0/checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (tmp_path / "evil.py").write_text("open('executed', 'w').close()\nclass Process: pass\n")
+    checkpoint["hyper_parameters"]["process"] = {"class_path": "evil.Process"}
+    torch.save(checkpoint, path)
+    code, _, err = cli("predict", "--ckpt_path", path, "--num_samples=1")
+    assert "--allow evil" in _message(code, err, 2)
+    assert not (tmp_path / "executed").exists()

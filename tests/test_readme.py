@@ -1,0 +1,94 @@
+"""The README says what works: its commands and its Python are run here, shortened."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.utils import save_image  # type: ignore[import-untyped]
+
+from lightning_sgm.testing import check_process, check_rule
+from tests.conftest import ROOT, TINY
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {p.name: p.read_text(encoding="utf-8") for p in sorted((ROOT / "recipes").glob("*.md"))}
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    return [body for kind, body in re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL) if kind in languages]
+
+
+def commands(text: str) -> list[str]:
+    lines = [line for block in blocks(text, "bash", "console") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python -m lightning_sgm")]
+
+
+def the_python(marker: str) -> str:
+    (found,) = [block for block in blocks(README, "python") if marker in block]
+    return found
+
+
+@pytest.fixture
+def a_users_files(tmp_path: Path) -> None:
+    (tmp_path / "my.txt").write_text("To be, or not to be, that is the question. " * 500, encoding="utf-8")
+    (tmp_path / "my.py").write_text(the_python("class Sine"), encoding="utf-8")
+    (tmp_path / "my_pictures").mkdir()
+    for i in range(80):
+        save_image(torch.rand(3, 40, 36), tmp_path / "my_pictures" / f"{i}.png")
+
+
+def run_all(cli, text: str) -> None:
+    found = commands(text)
+    assert found
+    for command in found:
+        arguments = shlex.split(command)[3:]
+        if arguments[0] not in ("fit", "validate", "test", "predict"):
+            assert cli(*arguments)[0] == 0
+            continue
+        recipe = "radd" if "radd" in command else "score_sde"
+        tiny = [option for option in TINY[recipe] if option.partition("=")[0] not in arguments]
+        code, _, err = cli(*arguments, *tiny)
+        if "fashion_mnist" in command and code:  # needs the network
+            assert "fashion_mnist" in err.lower()
+        else:
+            assert code == 0, f"{command}\n{err}"
+
+
+@pytest.mark.usefixtures("a_users_files")
+def test_the_commands_of_the_readme(cli):
+    run_all(cli, README)
+
+
+@pytest.mark.usefixtures("a_users_files")
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_the_recipe_pages(cli, page: str):
+    run_all(cli, PAGES[page])
+
+
+@pytest.mark.parametrize("marker", ["RADD(", "ScoreSDE("])
+def test_the_python_of_the_readme(marker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    code = the_python(marker)
+    assert len([line for line in code.splitlines() if line.strip()]) < 10
+    monkeypatch.chdir(tmp_path)
+    short = re.sub(r"max_steps=\d+", "max_steps=2", code)
+    (tmp_path / "start.py").write_text(short, encoding="utf-8")
+    names = runpy.run_path("start.py")
+    assert "sample" in names or names["images"].shape == (64, 1, 8, 8)
+
+
+def test_the_users_own_parts_of_the_readme(tmp_path: Path):
+    names: dict = {}
+    exec(the_python("class Sine"), names)
+    check_process(names["Sine"]())
+    check_rule(names["Midpoint"]())
+
+
+def test_links_and_pictures_exist():
+    for text, folder in [(README, ROOT), *((page, ROOT / "recipes") for page in PAGES.values())]:
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            if not target.startswith("http"):
+                assert (folder / target).exists(), target
