@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from lightning_sgm.io.checkpoint import hyper_parameters
+from lightning_sgm.io.checkpoint import TRUSTED, hyper_parameters
+from lightning_sgm.io.files import next_version
 from lightning_sgm.recipes import find
 
 _RUN_DIR = "SGM_RUN_DIR"
@@ -34,8 +35,10 @@ class Invocation:
         options: everything else, in order.
         recipe: the first recipe as the user wrote it.
         checkpoint: checkpoint file to start from, if any.
-        run_dir: folder of this run, unless the options name one.
-        allow: packages whose classes a checkpoint may ask for (``--allow`` adds one).
+        continues: whether the command goes on with the run that the checkpoint belongs to, or judges it. Then its
+            stored model and data stand above the recipe's; a new run from a checkpoint follows the recipe.
+        run_dir: folder of this run, unless the user names one.
+        allow: packages whose classes a checkpoint may ask for: trusted ones, those the user names, ``--allow``.
     """
 
     command: str
@@ -43,13 +46,15 @@ class Invocation:
     options: list[str] = field(default_factory=list)
     recipe: str | None = None
     checkpoint: Path | None = None
+    continues: bool = False
     run_dir: Path | None = None
-    allow: list[str] = field(default_factory=lambda: ["lightning_sgm", "datamodules", "torch", "torchmetrics"])
+    allow: list[str] = field(default_factory=lambda: list(TRUSTED))
 
     def argv(self, checkpoint_config: str | None) -> list[str]:
-        """Arguments for the parser: the checkpoint's values, recipes, options, later ones winning."""
-        first = [checkpoint_config] if checkpoint_config else []
-        given = [f"--config={path}" for path in [*first, *self.configs]]
+        """Arguments for the parser, later ones winning: checkpoint and recipes in their order, then options."""
+        stored = [checkpoint_config] if checkpoint_config else []
+        configs = [*self.configs, *stored] if self.continues else [*stored, *self.configs]
+        given = [f"--config={path}" for path in configs]
         if self.run_dir is not None:
             given.append(f"--trainer.run_dir={self.run_dir}")
         if self.checkpoint is not None:
@@ -101,14 +106,46 @@ def prepare(argv: list[str]) -> Invocation:
             _add_config(invocation, argument)
         else:
             invocation.options.append(argument)
-    if not any(o in ("-h", "--help") or o.startswith(("--print_config", "--model.help")) for o in invocation.options):
-        _resolve_run(invocation, checkpoint)
+    invocation.allow += _named_packages(invocation.options)
+    if not any(o in ("-h", "--help") or o.endswith(".help") or ".help=" in o for o in invocation.options):
+        _find_checkpoint(invocation, checkpoint)
+        if not any(o.startswith("--print_config") for o in invocation.options):
+            _choose_run_dir(invocation)
     return invocation
 
 
 def _add_config(invocation: Invocation, name: str) -> None:
+    path = find(name)
     invocation.recipe = invocation.recipe or name
-    invocation.configs.append(str(find(name)))
+    invocation.configs.append(str(path))
+    values = _read_recipe(path)
+    invocation.allow += _named_packages([yaml.safe_dump(values)])
+    trainer = values.get("trainer")
+    if isinstance(trainer, dict) and trainer.get("run_dir"):
+        invocation.run_dir = Path(trainer["run_dir"])
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """The content of a YAML file.
+
+    Raises:
+        UsageError: it is no YAML, or no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        raise UsageError(
+            f"{path} is no YAML{f', line {where.line + 1}' if where else ''}: {error.__class__.__name__}"
+        ) from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} is no recipe: it must hold sections such as model, data and trainer")
+    return values
+
+
+def _named_packages(texts: list[str]) -> list[str]:
+    """Packages of the dotted names that a user wrote: what he names himself he trusts."""
+    return [name for text in texts for name in re.findall(r"(?<![\w./-])([A-Za-z_]\w*)\.[A-Za-z_]\w*", text)]
 
 
 def _is_value(options: list[str]) -> bool:
@@ -127,33 +164,41 @@ def _option(options: list[str], name: str) -> str | None:
     return value
 
 
-def _resolve_run(invocation: Invocation, checkpoint: str | None) -> None:
-    """Find the checkpoint and choose the run folder."""
-    given = _option(invocation.options, "--trainer.run_dir")
+def _family(invocation: Invocation) -> Path:
+    """Folder of all runs of the recipe, or the one the user names."""
+    given = _option(invocation.options, "--trainer.run_dir") or invocation.run_dir
     name = Path(invocation.configs[0]).stem if invocation.configs else "run"
-    family = Path(given) if given else Path("runs") / name
-    continuing = checkpoint in _LAST
-    if checkpoint is None and invocation.command != "fit":
-        checkpoint, continuing = "last", True
+    return Path(given) if given else Path("runs") / name
+
+
+def _find_checkpoint(invocation: Invocation, checkpoint: str | None) -> None:
+    evaluates = invocation.command != "fit"
+    if checkpoint is None and evaluates and not any(o.startswith("--print_config") for o in invocation.options):
+        checkpoint = "last"
+    if checkpoint is None:
+        return
+    invocation.continues = evaluates or checkpoint in _LAST
     if checkpoint in _LAST:
-        assert checkpoint is not None
-        invocation.checkpoint = _newest(family, checkpoint, invocation.command)
-    elif checkpoint is not None:
-        invocation.checkpoint = Path(checkpoint)
-        if not invocation.checkpoint.exists():
-            raise FileNotFoundError(
-                f"no checkpoint {checkpoint!r}; give a file, or `last` for the newest of the recipe"
-            )
-    if given:
+        invocation.checkpoint = _newest(_family(invocation), checkpoint, invocation.command)
+        return
+    invocation.checkpoint = Path(checkpoint)
+    if not invocation.checkpoint.exists():
+        raise FileNotFoundError(f"no checkpoint {checkpoint!r}; give a file, or `last` for the newest")
+
+
+def _choose_run_dir(invocation: Invocation) -> None:
+    if _option(invocation.options, "--trainer.run_dir") or invocation.run_dir is not None:
         return
     if (child := os.environ.get(_RUN_DIR)) and "LOCAL_RANK" in os.environ:
         invocation.run_dir = Path(child)
         return
-    if invocation.checkpoint is not None and (continuing or invocation.command != "fit"):
-        folder = invocation.checkpoint.parent
-        invocation.run_dir = folder.parent if folder.name == "checkpoints" else _next_version(family)
-    else:
-        invocation.run_dir = _next_version(family)
+    invocation.run_dir = next_version(_family(invocation))
+    if (
+        invocation.checkpoint is not None
+        and invocation.continues
+        and invocation.checkpoint.parent.name == "checkpoints"
+    ):
+        invocation.run_dir = invocation.checkpoint.parent.parent
     # Processes that Lightning starts for further devices run this file again and must agree.
     os.environ[_RUN_DIR] = str(invocation.run_dir)
 
@@ -173,42 +218,49 @@ def _newest(family: Path, name: str, command: str) -> Path:
     return max(files, key=lambda path: path.stat().st_mtime)
 
 
-def _next_version(family: Path) -> Path:
-    numbers = [int(m.group(1)) for p in family.glob("version_*") if (m := re.search(r"version_(\d+)$", p.name))]
-    return family / f"version_{max(numbers, default=-1) + 1}"
-
-
-def _stored_values(invocation: Invocation) -> dict[str, object]:
+def _stored_values(invocation: Invocation) -> dict[str, Any]:
     """Class paths and arguments of a checkpoint's model and data, as a recipe has them."""
     assert invocation.checkpoint is not None
     stored = hyper_parameters(invocation.checkpoint)
-    _check_classes([stored.model_class, stored.data_class, stored.model, stored.data], invocation)
-    values: dict[str, object] = {}
+    _check_classes([{"class_path": stored.model_class}, stored.model], invocation)
+    values: dict[str, Any] = {}
     if stored.model_class:
-        model = dict(stored.model)
-        # Sampling needs no data, so that it works where the data set is not; their spec is in the checkpoint.
-        if invocation.command != "predict" and stored.data_class:
+        _check_same_method(stored.model_class, invocation)
+        values["model"] = {"class_path": stored.model_class, "init_args": dict(stored.model)}
+    # Sampling needs no data, so that it works where the data set is not; their spec is in the checkpoint.
+    if invocation.command != "predict":
+        if stored.data_class:
+            _check_classes({"class_path": stored.data_class}, invocation)
             values["data"] = {"class_path": stored.data_class, "init_args": stored.data}
-        if "data" in values or invocation.configs or any(o.startswith("--data") for o in invocation.options):
-            model.pop("spec", None)
-        values["model"] = {"class_path": stored.model_class, "init_args": model}
+        if stored.data_class or invocation.configs or any(o.startswith("--data") for o in invocation.options):
+            values.get("model", {}).get("init_args", {}).pop("spec", None)
     return values
 
 
-def _check_classes(stored: object, invocation: Invocation) -> None:
-    """Refuse a checkpoint that names classes of other packages: importing one runs its code."""
+def _check_same_method(stored: str, invocation: Invocation) -> None:
+    """A checkpoint of one method cannot go on under the recipe of another."""
+    wanted = _option(invocation.options, "--model")
+    for config in invocation.configs:
+        model = _read_recipe(Path(config)).get("model")
+        if wanted is None and isinstance(model, dict):
+            wanted = model.get("class_path")
+    if wanted and wanted.rpartition(".")[2] != stored.rpartition(".")[2]:
+        raise UsageError(
+            f"{invocation.checkpoint} is a checkpoint of {stored.rpartition('.')[2]}, but the recipe asks for {wanted}"
+        )
+
+
+def _check_classes(stored: Any, invocation: Invocation) -> None:
+    """Refuse a checkpoint that names classes or functions of other packages: importing one runs its code."""
     if isinstance(stored, dict):
-        _check_classes(list(stored.values()), invocation)
-    elif isinstance(stored, list | tuple):
+        stored = list(stored.values())
+    if isinstance(stored, list | tuple):
         for entry in stored:
             _check_classes(entry, invocation)
     elif isinstance(stored, str) and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", stored):
-        package = stored.partition(".")[0]
-        if package not in invocation.allow and _is_module(package):
+        trusted = any(stored == package or stored.startswith(f"{package}.") for package in invocation.allow)
+        if not trusted:
+            package = stored.partition(".")[0]
             raise UsageError(
                 f"{invocation.checkpoint} asks for {stored}; if you trust it, add --allow {package} to the command"
             )
-
-
-def _is_module(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import datamodules  # noqa: F401  (short class names on the command line)
@@ -27,9 +28,14 @@ class SaveConfig(SaveConfigCallback):
     """Writes config.yaml of a fit into the run folder; evaluation commands leave the fit's file alone."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Save for fit only."""
+        """Save for fit only, without the folder: the file is a recipe for further runs."""
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
+            path = Path(trainer.log_dir or ".") / self.config_filename
+            if trainer.is_global_zero and path.exists():
+                values = yaml.safe_load(path.read_text(encoding="utf-8"))
+                values["trainer"].pop("run_dir", None)
+                path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 class CLI(LightningCLI):
@@ -76,24 +82,28 @@ class CLI(LightningCLI):
         """As after_test."""
         self._save_numbers("validate")
 
-    @rank_zero_only
+    def before_instantiate_classes(self) -> None:
+        """Sampling needs no data: the checkpoint has their spec."""
+        if self.subcommand == "predict":
+            self.config["predict"]["data"] = None
+
     def _save_numbers(self, command: str) -> None:
-        numbers = {key: float(value) for key, value in sorted(self.trainer.callback_metrics.items())}
-        if self.trainer.log_dir:
-            path = Path(self.trainer.log_dir) / f"{command}.json"
+        folder = self.trainer.log_dir  # asks all processes
+        if folder and self.trainer.is_global_zero:
+            numbers = {key: float(value) for key, value in sorted(self.trainer.callback_metrics.items())}
+            path = Path(folder) / f"{command}.json"
             write_json(path, {"checkpoint": str(self.trainer.ckpt_path), **numbers})
             print(f"numbers: {path}")
 
-    @rank_zero_only
     def after_fit(self) -> None:
         """Say where the run is and how to look at it."""
-        if self.trainer.log_dir and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            folder = os.path.normpath(self.trainer.log_dir)
-            recipe = f"--config {self.invocation.recipe} " if self.invocation.recipe else ""
+        folder = self.trainer.log_dir  # asks all processes
+        if folder and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder = os.path.normpath(folder)
             print(
                 f"run: {folder} (config.yaml, checkpoints/, samples/, metrics.csv)\n"
                 f"look: tensorboard --logdir {folder}\n"
-                f"next: python -m lightning_sgm predict {recipe}--ckpt_path {folder}/checkpoints/last.ckpt"
+                f"next: python -m lightning_sgm predict --ckpt_path {folder}/checkpoints/last.ckpt"
             )
 
 
@@ -102,23 +112,46 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's own my.py, also for the installed script
+    invocation, before = None, True
     try:
         invocation = prepare([a for a in arguments if a != "--debug"])
+        before = invocation.run_dir is not None and invocation.run_dir.exists()
         quiet()
         return _run(invocation)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C; `--ckpt_path last` continues where a checkpoint was saved", file=sys.stderr)
-        return 130
     except SIGTERMException:
         print("stopped by SIGTERM; `--ckpt_path last` continues", file=sys.stderr)
         return 143
     except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return _interrupted()
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        return _interrupted()
     except Exception as error:
         if debug:
             traceback.print_exc()
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError | FileNotFoundError) else 1
+    finally:
+        if invocation is not None:
+            _remove_if_unused(invocation.run_dir, before)
+
+
+def _interrupted() -> int:
+    print("stopped by Ctrl-C; `--ckpt_path last` continues where a checkpoint was saved", file=sys.stderr)
+    return 130
+
+
+def _remove_if_unused(folder: Path | None, existed: bool) -> None:
+    """A start that failed leaves no run behind."""
+    if folder is None or existed or not folder.is_dir() or "LOCAL_RANK" in os.environ:
+        return
+    names = {path.name for path in folder.iterdir()}
+    if all(name in ("config.yaml", "hparams.yaml") or name.startswith("events.out") for name in names):
+        shutil.rmtree(folder)
+        for parent in list(folder.parents)[:2]:
+            if parent != Path(".") and not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def _run(invocation: Invocation) -> int:

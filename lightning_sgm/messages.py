@@ -12,13 +12,15 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 _NOISE = (
     "Does not validate against any",
     "Subtypes:",
     "Errors:",
-    "- Expected a <class 'NoneType'>",
+    "Expected a <class 'NoneType'>",
+    "Expected a path but",
     "Given value",
     "Problem with given class_path",
 )
@@ -35,6 +37,10 @@ _QUIET_WARNINGS = (
     ".*The dirpath has changed from.*",
     ".*lr_scheduler.step.*optimizer.step.*",
 )
+
+
+# Exceptions whose own text is meant for people.
+_TOLD = (MisconfigurationException, ValueError, OSError, ImportError, FloatingPointError, RuntimeError)
 
 
 class Parser(LightningArgumentParser):
@@ -60,6 +66,11 @@ def explain(message: str, parser: LightningArgumentParser | None = None) -> str:
 
 
 def _suggestion(message: str, parser: LightningArgumentParser | None) -> str:
+    if re.search(r"required.*\bmodel\b|\bmodel\b.*required", message):
+        return "Give a recipe: --config NAME; `python -m lightning_sgm recipes` lists them."
+    if unknown := re.search(r"Expected a dot import path string: (\w+)", message):
+        near = difflib.get_close_matches(unknown.group(1), _class_names(), n=2)
+        return f"Did you mean {' or '.join(near)}?" if near else "Give a class of this package, or my_module.MyClass."
     wrong = re.search(r"(?:Option|option) '([\w.]+)'(?: is not accepted)?", message)
     wrong = wrong or re.search(r"[Uu]nrecognized arguments?: -*([\w.]+)", message)
     wrong = wrong or re.search(r"Key '([\w.]+)' is not expected", message) or re.search(r"key '([\w.]+)'", message)
@@ -70,7 +81,7 @@ def _suggestion(message: str, parser: LightningArgumentParser | None) -> str:
     for path in re.findall(r"class_path '([\w.]+)'", message):
         candidates |= set(_parameters(path))
     if parser is not None:
-        names = _destinations(parser)
+        names = {n for n in _destinations(parser) if n.rpartition(".")[2] not in ("help", "config", "print_config")}
         prefix = name.rpartition(".")[0]
         candidates |= {n for n in names if n.rpartition(".")[0] == prefix} or names
     near = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.5)
@@ -82,6 +93,12 @@ def _destinations(parser: LightningArgumentParser) -> set[str]:
     subcommands = getattr(parser, "_subcommands_action", None)
     parsers: Iterable[Any] = [parser, *(subcommands.choices.values() if subcommands is not None else [])]
     return {action.dest for each in parsers for action in each._actions if action.dest}
+
+
+def _class_names() -> list[str]:
+    """Short names that the command line knows: the public classes of the rooms and of the data modules."""
+    rooms = [m for name, m in sys.modules.items() if re.fullmatch(r"lightning_sgm\.\w+|datamodules", name)]
+    return sorted({name for room in rooms for name in getattr(room, "__all__", ()) if name[0].isupper()})
 
 
 def _parameters(class_path: str) -> Iterable[str]:
@@ -98,7 +115,7 @@ def one_line(error: BaseException) -> str:
         cause = cause.__cause__
     text = str(cause) or str(error) or type(cause).__name__
     if isinstance(cause, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError) and cause.filename:
-        return f"cannot write to {cause.filename} ({cause.strerror}): choose another folder with --trainer.run_dir"
+        return f"cannot use {cause.filename} ({cause.strerror}): choose another with --trainer.run_dir or --data.path"
     if isinstance(cause, KeyError):
         text = f"missing entry {text}"
     if "Error(s) in loading state_dict" in text:
@@ -106,7 +123,9 @@ def one_line(error: BaseException) -> str:
         text = f"the checkpoint does not fit this model: {' '.join(lines)}"
     elif "\n" in text:
         text = explain(text)
-    known = isinstance(cause, ValueError | OSError | ImportError | FloatingPointError | RuntimeError)
+    known = isinstance(
+        cause, MisconfigurationException | ValueError | OSError | ImportError | FloatingPointError | RuntimeError
+    )
     return text if known else f"{type(cause).__name__}: {text} (add --debug for the traceback)"
 
 

@@ -2,26 +2,69 @@
 
 from __future__ import annotations
 
-import re
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lightning_sgm.callbacks import EMA, Checkpoints, PredictionWriter, Progress, SampleLogger, StepSeeds, Throughput
 from lightning_sgm.io.checkpoint import AtomicCheckpointIO
+from lightning_sgm.io.files import next_version
 
 
-def next_version(folder: Path) -> Path:
-    """``folder/version_N`` with the smallest N above all that exist."""
-    pattern = re.compile(r"version_(\d+)$")
-    numbers = [int(m.group(1)) for p in folder.glob("version_*") if (m := pattern.search(p.name))]
-    return folder / f"version_{max(numbers, default=-1) + 1}"
+class RunCSV(CSVLogger):
+    """metrics.csv of a run. Lightning's logger deletes an earlier one; here it is kept as metrics.1.csv, 2, ...
+
+    Only training writes: what ``test`` and ``validate`` find goes to JSON files of their own.
+
+    Attributes:
+        trainer: set by the Trainer that logs.
+    """
+
+    trainer: pl.Trainer
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), name="", version="")
+
+    @property
+    def experiment(self) -> Any:
+        """The writer, made when a fit begins; none for other commands."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return None
+        if self._experiment is None:
+            self._set_earlier_aside(Path(self.log_dir) / "metrics.csv")
+        return super().experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """One row, while training."""
+        if self.experiment is not None:
+            super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Nothing: config.yaml has them."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the rows that wait."""
+        if self.experiment is not None:
+            super().save()
+
+    @staticmethod
+    @rank_zero_only
+    def _set_earlier_aside(path: Path) -> None:
+        if path.exists():
+            numbers = [int(p.name.split(".")[1]) for p in path.parent.glob("metrics.*.csv")]
+            path.rename(path.with_name(f"metrics.{max(numbers, default=0) + 1}.csv"))
 
 
 class Trainer(pl.Trainer):
@@ -32,7 +75,8 @@ class Trainer(pl.Trainer):
     change one, and any keyword of Lightning's Trainer.
 
     Args:
-        run_dir: folder of the run; the next free ``runs/version_N`` by default.
+        run_dir: folder of the run, in place of Lightning's ``default_root_dir``; the next free ``runs/version_N`` by
+            default.
         callbacks: further callbacks, or replacements for the default ones (matched by class).
         logger: loggers; TensorBoard and CSV in the run folder by default, False for none.
         plugins: further plugins; checkpoints are written atomically in any case.
@@ -47,7 +91,9 @@ class Trainer(pl.Trainer):
         plugins: Any = None,
         **kwargs: Any,
     ) -> None:
-        folder = Path(run_dir) if run_dir else next_version(Path("runs"))
+        root = kwargs.pop("default_root_dir", None)
+        chosen = run_dir or root
+        folder = Path(chosen) if chosen else next_version(Path("runs"))
         given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         if logger is None or logger is True:
             logger = _loggers(folder) if not kwargs.get("fast_dev_run") else False
@@ -61,6 +107,12 @@ class Trainer(pl.Trainer):
             enable_model_summary=kwargs.pop("enable_model_summary", None) or False,
             **kwargs,
         )
+        for each in self.loggers:
+            if isinstance(each, RunCSV):
+                each.trainer = self
+        cores = os.cpu_count() or 1
+        if isinstance(self.accelerator, CPUAccelerator) and self.num_devices > cores:
+            raise ValueError(f"devices is {self.num_devices}, but this machine has {cores} CPU cores and no GPU in use")
 
     def predict(
         self,
@@ -73,7 +125,7 @@ class Trainer(pl.Trainer):
         num_samples: int = 16,
         batch_size: int = 16,
     ) -> Any:
-        """Draw samples and write them to ``samples/`` in the run folder.
+        """Draw samples and write them to ``predictions/`` in the run folder.
 
         Args:
             model: the method.
@@ -117,6 +169,8 @@ class SampleNumbers:
 def _with_defaults(given: list[Callback], kwargs: dict[str, Any]) -> list[Callback]:
     """The callbacks given and each default that none of them replaces."""
     checkpoints = kwargs.get("enable_checkpointing", True) is not False and not kwargs.get("fast_dev_run")
+    if not checkpoints:
+        given = [callback for callback in given if not isinstance(callback, ModelCheckpoint)]
     bar = kwargs.get("enable_progress_bar", True) is not False
     defaults: list[type[Callback]] = [StepSeeds, EMA, Throughput, SampleLogger, PredictionWriter]
     defaults += [Checkpoints] if checkpoints else []
@@ -127,16 +181,4 @@ def _with_defaults(given: list[Callback], kwargs: dict[str, Any]) -> list[Callba
 
 
 def _loggers(folder: Path) -> list[Logger]:
-    """TensorBoard and CSV in one folder; an earlier metrics.csv is kept, which CSVLogger would delete."""
-    _keep_earlier_metrics(folder / "metrics.csv")
-    return [
-        TensorBoardLogger(str(folder), name="", version="", default_hp_metric=False),
-        CSVLogger(str(folder), name="", version=""),
-    ]
-
-
-@rank_zero_only
-def _keep_earlier_metrics(path: Path) -> None:
-    if path.exists():
-        number = len(list(path.parent.glob("metrics.*.csv"))) + 1
-        path.rename(path.with_name(f"metrics.{number}.csv"))
+    return [TensorBoardLogger(str(folder), name="", version="", default_hp_metric=False), RunCSV(folder)]

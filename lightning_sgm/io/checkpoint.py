@@ -18,8 +18,8 @@ from lightning.pytorch import LightningModule
 
 from lightning_sgm.io.files import atomic_write
 
-# What a model of this package is made of besides its own classes: no file or network access, no code execution.
-_PARTS = ("torch.nn", "torch.optim", "torchmetrics")
+TRUSTED = ("lightning_sgm", "datamodules", "torch.nn", "torch.optim", "torchmetrics")
+"""Where the classes of a checkpoint may come from: nothing there runs code or touches files when it is built."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -85,7 +85,7 @@ def hyper_parameters(path: str | Path) -> HyperParameters:
     return _hyper_parameters(read_checkpoint(path))
 
 
-def load(path: str | Path, allow: tuple[str, ...] = ("lightning_sgm",), **overrides: Any) -> LightningModule:
+def load(path: str | Path, allow: tuple[str, ...] = (), **overrides: Any) -> LightningModule:
     """Rebuild the model of a checkpoint with its averaged weights, on the CPU and in evaluation mode.
 
     Nothing but the file is needed. The checkpoint names classes; they are imported only from the packages allowed
@@ -93,8 +93,7 @@ def load(path: str | Path, allow: tuple[str, ...] = ("lightning_sgm",), **overri
 
     Args:
         path: the checkpoint.
-        allow: packages or modules whose classes may be built, beside torch's layers, optimisers and torchmetrics. Add
-            your own for models with own parts: ``allow=("lightning_sgm", "my_package")``.
+        allow: your own packages whose classes may be built too, beside ``TRUSTED``: ``allow=("my_package",)``.
         overrides: constructor arguments that replace stored ones, or give the parts of a model that was built in
             Python, which a file cannot hold: ``load(path, network=UNet(spec))``.
 
@@ -150,7 +149,7 @@ def _import_class(class_path: str, allow: tuple[str, ...], path: str | Path) -> 
     module_name, _, name = class_path.rpartition(".")
     if not module_name:
         raise ValueError(f"{path} does not name the class of its model: use THE_CLASS.load_from_checkpoint")
-    if not any(module_name == package or module_name.startswith(f"{package}.") for package in allow):
+    if not any(module_name == package or module_name.startswith(f"{package}.") for package in (*TRUSTED, *allow)):
         raise ValueError(
             f"{path} holds a {class_path}, which load() may not import; if you trust it, add its package: "
             f"allow={(*allow, module_name.partition('.')[0])!r}"
@@ -172,7 +171,7 @@ def _build(
         return kind(**arguments)
     from lightning.pytorch.cli import instantiate_module
 
-    with _imports_only((*allow, *_PARTS)):
+    with _imports_only((*TRUSTED, *allow)):
         return instantiate_module(kind, arguments)
 
 

@@ -74,3 +74,9 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
+
+
+def next_version(folder: Path) -> Path:
+    """``folder/version_N`` with N one above all that exist."""
+    numbers = [int(p.name[8:]) for p in folder.glob("version_*") if p.name[8:].isdigit()]
+    return folder / f"version_{max(numbers, default=-1) + 1}"

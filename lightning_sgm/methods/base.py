@@ -14,8 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
+from lightning_sgm.methods.judging import feed, judge
 from lightning_sgm.random import Draw, mix, run_seed
 
 Batch = dict[str, Tensor]
@@ -67,11 +68,12 @@ class GenerativeModule(LightningModule):
         self.drop = drop or {}
         self.test_samples = test_samples
         self.metrics: list[Metric] = list(metrics or [])
-        self.sample_metrics = nn.ModuleList(self.metrics)  # registered, so that they move to the device
-        self.validation_losses = nn.ModuleDict()
         self.last_loss: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
+        self._logged_at = 0
+        # Sampling: a process without a share has nothing to do.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def record(self, arguments: dict[str, Any]) -> None:
         """Keep the constructor's arguments in checkpoints; call it with ``locals()`` at the end of a constructor.
@@ -130,7 +132,8 @@ class GenerativeModule(LightningModule):
             value = batch[name]
             if draw is not None and name in self.drop:
                 dropped = draw.uniform((len(value),)).to(value.device) < self.drop[name]
-                value = torch.where(dropped, torch.full_like(value, self.spec["classes"]), value)
+                null = torch.full_like(value, self.spec["classes"])
+                value = torch.where(dropped.reshape(-1, *(1,) * (value.ndim - 1)), null, value)
             found[name] = value
         return found
 
@@ -138,6 +141,11 @@ class GenerativeModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Say what is trained."""
+        known = getattr(self.network, "conditions", ())
+        if wrong := sorted(set(self.drop) - set(known)):
+            raise ValueError(
+                f"drop names {', '.join(wrong)}, but the network's conditions are {', '.join(known) or 'none'}"
+            )
         names = ", ".join(
             f"{type(part).__name__} with {sum(p.numel() for p in part.parameters() if p.requires_grad):,} parameters"
             for part in (getattr(self, name) for name in self.ema_parts)
@@ -157,16 +165,19 @@ class GenerativeModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log means since the last time, learning rate included; stop on a loss that is no longer a number."""
-        if self._summed and self.updates % self._cadence == 0 and self.updates > 0:
-            values = {f"train/{name}": float(value) / self._summed for name, value in self._sums.items()}
+        if self.updates % self._cadence == 0 and self.updates > self._logged_at and self._summed:
+            self._logged_at = self.updates
+            # All processes are here together; each gets the mean over all, so they also stop together.
+            means = torch.stack(list(self._sums.values())).double() / self._summed
+            means = self.trainer.strategy.reduce(means, reduce_op="mean")
+            values = {f"train/{name}": value for name, value in zip(self._sums, means.tolist(), strict=True)}
             self._sums, self._summed = {}, 0
             if not all(math.isfinite(value) for value in values.values()):
                 raise FloatingPointError(
                     f"the training loss is not a number in the {self._cadence} updates before update {self.updates}: "
                     f"{values}; the last good checkpoint is kept. Lower the learning rate or clip gradients."
                 )
-            optimizer = self.trainer.optimizers[0]
-            values["train/learning_rate"] = float(optimizer.param_groups[0]["lr"])
+            values["train/learning_rate"] = float(self.trainer.optimizers[0].param_groups[0]["lr"])
             for logger in self.loggers:
                 logger.log_metrics(values, step=self.updates)
 
@@ -176,58 +187,33 @@ class GenerativeModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Terms averaged over the examples of the split, with the same noise at every validation."""
-        self._evaluate(batch, "val")
+        self.log_terms(self.losses(batch, self.evaluation_draw(batch)), "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As validation; real data are fed to the sample metrics."""
-        self._evaluate(batch, "test")
-        for metric in self.metrics:
-            metric.update(**_inputs(metric, batch), real=True)
+        self.log_terms(self.losses(batch, self.evaluation_draw(batch)), "test")
+        self.feed_real(batch)
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
-        terms = self.losses(batch, self.evaluation_draw(batch))
+    def log_terms(self, terms: dict[str, Tensor], stage: str) -> None:
+        """Log the means of per-example terms over all examples of an evaluation, on all processes."""
         for name, term in terms.items():
-            if name not in self.validation_losses:
-                self.validation_losses[name] = MeanMetric().to(self.device).set_dtype(torch.float64)
-            mean = self.validation_losses[name]
-            assert isinstance(mean, MeanMetric)
-            mean.update(term.double())
-            self.log(
-                f"{stage}/{name}", mean, on_step=False, on_epoch=True, metric_attribute=f"validation_losses.{name}"
-            )
+            self.log(f"{stage}/{name}", term.mean(), batch_size=len(term), on_step=False, on_epoch=True, sync_dist=True)
+
+    def on_test_start(self) -> None:
+        """Metrics are no parts of the model (their feature networks stay out of its checkpoints)."""
+        for metric in self.metrics:
+            metric.to(self.device)
+
+    def feed_real(self, batch: Batch) -> None:
+        """Show real data to the metrics of samples."""
+        for metric in self.metrics:
+            feed(metric, batch, real=True)
 
     def on_test_epoch_end(self) -> None:
-        """Draw samples once, feed all metrics; the same metrics of training data against the test set are the floor."""
-        if not self.metrics:
-            return
-        results: dict[str, Tensor] = {}
-        real = [_copy_state(metric) for metric in self.metrics]
-        floor = self._floor_batch()
-        if floor is not None:
-            for metric in self.metrics:
-                metric.update(**_inputs(metric, floor), real=False)
-                results |= _named(metric, "floor")
-        for metric, state in zip(self.metrics, real, strict=True):
-            _restore_state(metric, state)
-        evaluations = []
-        for indices in self.sample_batches(self.test_samples):
-            samples = self.sample(indices.to(self.device))
-            evaluations.append(self.sampler_evaluations)
-            for metric in self.metrics:
-                metric.update(**_inputs(metric, samples), real=False)
-        for metric in self.metrics:
-            results |= _named(metric, "samples")
-            metric.reset()
-        results["samples/evaluations"] = torch.tensor(sum(evaluations) / max(1, len(evaluations)))
-        self.log_dict({f"test/{name}": value for name, value in results.items()}, sync_dist=False)
-
-    def _floor_batch(self) -> Batch | None:
-        """Training examples, as many as samples; each rank takes its share."""
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None or not hasattr(data, "examples"):
-            return None
-        batch = data.examples("train", self.test_samples)
-        return {k: v[self.global_rank :: self.trainer.world_size].to(self.device) for k, v in batch.items()}
+        """Judge samples and, as the floor, training data by the same metrics."""
+        if self.metrics:
+            values = judge(self, self.metrics, self.test_samples)
+            self.log_dict({f"test/{name}": value for name, value in values.items()})
 
     # Sampling.
 
@@ -262,13 +248,18 @@ class GenerativeModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser over all parameters that require a gradient, with warm-up and decay per update."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        # Lightning refuses to clip for fused optimisers that unscale gradients themselves: let its scaler do that.
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         total = self.trainer.estimated_stepping_batches if self.decay == "cosine" else math.inf
         if total == math.inf and self.decay == "cosine":
             raise ValueError("decay: cosine needs an end of the run: set trainer.max_steps or trainer.max_epochs")
 
         def factor(update: int) -> float:
             rising = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
-            falling = 0.5 * (1.0 + math.cos(math.pi * min(1.0, update / total))) if self.decay == "cosine" else 1.0
+            falling = (
+                0.5 * (1.0 + math.cos(math.pi * min(1.0, update / max(1, total)))) if self.decay == "cosine" else 1.0
+            )
             return rising * falling
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
@@ -277,32 +268,7 @@ class GenerativeModule(LightningModule):
 def _is_plain(value: Any) -> bool:
     """Whether ``torch.load(weights_only=True)`` reads it back."""
     if isinstance(value, dict):
-        return all(_is_plain(v) for v in value.values())
+        return all(_is_plain(v) for pair in value.items() for v in pair)
     if isinstance(value, list | tuple):
         return all(_is_plain(v) for v in value)
-    return value is None or isinstance(value, bool | int | float | str | Tensor)
-
-
-def _inputs(metric: Metric, batch: Batch) -> Batch:
-    return {name: batch[name] for name in getattr(metric, "inputs", ("x",))}
-
-
-def _named(metric: Metric, group: str) -> dict[str, Tensor]:
-    value = metric.compute()
-    name = str(getattr(metric, "name", type(metric).__name__))
-    if isinstance(value, dict):
-        return {f"{group}/{name}/{key}": torch.as_tensor(entry).float() for key, entry in value.items()}
-    return {f"{group}/{name}": torch.as_tensor(value).float()}
-
-
-def _copy_state(metric: Metric) -> dict[str, Any]:
-    return {
-        key: value.clone() if isinstance(value, Tensor) else list(value) for key, value in metric.metric_state.items()
-    }
-
-
-def _restore_state(metric: Metric, state: dict[str, Any]) -> None:
-    metric.reset()
-    for key, value in state.items():
-        setattr(metric, key, value)
-    metric._update_count = 1
+    return value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -50,6 +51,8 @@ class RADD(GenerativeModule):
         metrics: list[Metric] | None = None,
         test_samples: int = 64,
     ) -> None:
+        if passes < 1:
+            raise ValueError(f"passes must be at least 1, got {passes}")
         super().__init__(
             spec=spec,
             optimizer=optimizer,
@@ -64,7 +67,7 @@ class RADD(GenerativeModule):
         self.network = build(network, spec)
         self.process = process
         self.objective = objective
-        self.sampler = sampler
+        self.sampler = copy.copy(sampler)  # it counts evaluations, and a default is shared by all models
         self.passes = passes
         self.denoiser = TokenDenoiser(self.network, process, spec["vocabulary"])
         self.likelihood = TokenLikelihood(bytes_per_token=spec.get("bytes_per_token"))
@@ -76,17 +79,19 @@ class RADD(GenerativeModule):
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Any-order NLL bound per example, (B,): "loss" nats per sequence, "nll" nats per token, bits per byte."""
-        terms = self.objective(self.denoiser, batch["x"], draw, **self.conditions(batch))
+        conditions = self.conditions(batch, draw.fork(0) if self.training else None)
+        terms = self.objective(self.denoiser, batch["x"], draw, **conditions)
         if self.spec.get("bytes_per_token"):
             terms["bits_per_byte"] = terms["nll"] / (math.log(2.0) * self.spec["bytes_per_token"])
         return terms
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Several passes with different masks; samples' metrics see the text once."""
-        super().test_step(batch, batch_idx)
         for repeat in range(self.passes):
             terms = self.losses(batch, self.evaluation_draw(batch, repeat))
+            self.log_terms({"loss": terms["loss"]}, "test")
             self.likelihood.update(terms["nll"], batch["index"], tokens=batch["x"].shape[1])
+        self.feed_real(batch)
 
     def on_test_epoch_end(self) -> None:
         """Perplexity and bits with standard errors, then the samples' metrics."""
@@ -94,9 +99,8 @@ class RADD(GenerativeModule):
         self.likelihood.reset()
         super().on_test_epoch_end()
 
-    def sample(self, indices: Tensor, **conditions: Any) -> Batch:
+    def sample(self, indices: Tensor, prompt: Tensor | None = None, **conditions: Any) -> Batch:
         """Sequences (n, L) of real tokens; ``prompt`` (n, L) fixes all positions that are not the mask."""
-        start = conditions.get("prompt")
-        if start is None:
-            start = torch.full((len(indices), self.spec["length"]), self.denoiser.mask_id, device=self.device)
-        return {"x": self.sampler(self.denoiser, start, self.sample_draw(indices))}
+        if prompt is None:
+            prompt = torch.full((len(indices), self.spec["length"]), self.denoiser.mask_id)
+        return {"x": self.sampler(self.denoiser, prompt.to(self.device), self.sample_draw(indices), **conditions)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -63,7 +64,7 @@ class ScoreSDE(GenerativeModule):
         self.network = build(network, spec)
         self.process = process
         self.objective = objective
-        self.sampler = sampler
+        self.sampler = copy.copy(sampler)  # it counts evaluations, and a default is shared by all models
         self.denoiser = Denoiser(self.network, process, preconditioning)
         if preconditioning.prediction in ("noise", "score") and first(sampler.levels(process)[0]).alpha == 0:
             raise ValueError(
@@ -73,7 +74,7 @@ class ScoreSDE(GenerativeModule):
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Weighted denoising error per example, (B,)."""
-        conditions = self.conditions(batch, draw if self.training else None)
+        conditions = self.conditions(batch, draw.fork(0) if self.training else None)
         return self.objective(self.denoiser, batch["x"], draw, **conditions)
 
     def sample(self, indices: Tensor, **conditions: Any) -> Batch:
