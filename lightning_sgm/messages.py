@@ -114,7 +114,7 @@ def one_line(error: BaseException) -> str:
     while cause.__cause__ is not None and any(noise in str(cause) for noise in _NOISE):
         cause = cause.__cause__
     text = str(cause) or str(error) or type(cause).__name__
-    if isinstance(cause, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError) and cause.filename:
+    if isinstance(cause, OSError) and cause.filename and cause.strerror:
         return f"cannot use {cause.filename} ({cause.strerror}): choose another with --trainer.run_dir or --data.path"
     if isinstance(cause, KeyError):
         text = f"missing entry {text}"

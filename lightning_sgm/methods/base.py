@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from lightning_sgm.methods.judging import feed, judge
+from lightning_sgm.metrics.base import ExampleMean
 from lightning_sgm.random import Draw, mix, run_seed
 
 Batch = dict[str, Tensor]
@@ -68,6 +69,7 @@ class GenerativeModule(LightningModule):
         self.drop = drop or {}
         self.test_samples = test_samples
         self.metrics: list[Metric] = list(metrics or [])
+        self.means = nn.ModuleDict()
         self.last_loss: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
@@ -197,7 +199,12 @@ class GenerativeModule(LightningModule):
     def log_terms(self, terms: dict[str, Tensor], stage: str) -> None:
         """Log the means of per-example terms over all examples of an evaluation, on all processes."""
         for name, term in terms.items():
-            self.log(f"{stage}/{name}", term.mean(), batch_size=len(term), on_step=False, on_epoch=True, sync_dist=True)
+            if name not in self.means:
+                self.means[name] = ExampleMean().to(self.device)
+            mean = self.means[name]
+            assert isinstance(mean, ExampleMean)
+            mean.update(term)
+            self.log(f"{stage}/{name}", mean, on_step=False, on_epoch=True, metric_attribute=f"means.{name}")
 
     def on_test_start(self) -> None:
         """Metrics are no parts of the model (their feature networks stay out of its checkpoints)."""

@@ -35,3 +35,28 @@ class DoubleMetric(Metric):
             self._defaults[name] = default.double()
             setattr(self, name, getattr(self, name).double())
         return self
+
+
+class ExampleMean(DoubleMetric):
+    """Mean of per-example values over all examples and processes, exact where processes have unequal shares.
+
+    (Lightning's own mean of a logged number truncates the mean share to an integer: 149 and 148 examples gave an
+    error of 0.3 %.)
+    """
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_sum("total")
+        self.add_sum("count")
+
+    def update(self, values: Tensor) -> None:
+        """Add the values of a batch, (B,)."""
+        self.add("total", values.detach().double().sum())
+        self.add("count", float(len(values)))
+
+    def compute(self) -> Tensor:
+        """The mean, float64; NaN if there was no example."""
+        return self.total / self.count

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,3 +159,79 @@ def test_network_can_be_swapped(cli, tmp_path: Path):
     assert code == 0, err
     saved = yaml.safe_load((tmp_path / "runs/score_sde/version_0/config.yaml").read_text())
     assert saved["model"]["init_args"]["network"]["init_args"]["width"] == 8
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_mixed_precision_and_accumulation(cli, recipe: str, tmp_path: Path):
+    code, _, err = cli(
+        "fit",
+        "--config",
+        recipe,
+        *TINY[recipe],
+        "--trainer.precision=bf16-mixed",
+        "--trainer.accumulate_grad_batches=2",
+        "--trainer.val_check_interval=4",
+    )
+    assert code == 0, err
+    rows = list(csv.DictReader((tmp_path / "runs" / recipe / "version_0" / "metrics.csv").open()))
+    steps = [int(r["step"]) for r in rows if r.get("train/loss")]
+    assert steps == [1, 2, 3, 4]  # updates, each once
+
+
+def test_evaluation_follows_the_checkpoint_not_the_recipe(cli, tmp_path: Path):
+    tiny = [t for t in TINY["score_sde"] if not t.startswith("--data")]
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(80):
+        Image.new("RGB", (20, 20), (i, 255 - i, 3 * i % 255)).save(folder / f"{i}.png")
+    changed = ("--data.path=pictures", "--data.size=16", "--data.batch_size=16", "--model.network.channels=[8,16]")
+    code, _, err = cli("fit", "--config", "score_sde", *tiny, *changed, "--model.network.attention=[]")
+    assert code == 0, err
+    code, _, err = cli("validate", "--config", "score_sde")
+    assert code == 0, err
+    folder.rename(tmp_path / "gone")  # samples need no data
+    code, _, err = cli("predict", "--config", "score_sde", "--num_samples=2", "--model.sampler.steps=2")
+    assert code == 0, err
+    picture = Image.open(sorted((tmp_path / "runs/score_sde/version_0/predictions").glob("0*.png"))[0])
+    assert picture.size == (16, 16)
+    assert (tmp_path / "runs/score_sde/version_0/metrics.csv").exists()
+
+
+def test_print_config_shows_the_checkpoints_values(cli, tmp_path: Path):
+    cli("fit", "--config", "radd", *TINY["radd"])
+    code, out, err = cli("fit", "--config", "radd", "--ckpt_path=last", "--print_config")
+    assert code == 0, err
+    assert yaml.safe_load(out)["model"]["init_args"]["network"]["init_args"]["width"] == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_processes(recipe: str, tmp_path: Path):
+    """The whole journey on two CPU processes; the samples are those of one process."""
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "lightning_sgm", *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu")
+    assert "next: python" in run("fit", "--config", recipe, *TINY[recipe], *two)
+    folder = tmp_path / "runs" / recipe / "version_0"
+    assert not (folder.parent / "version_1").exists()
+    numbers = []
+    for processes in ((), two):
+        run("test", "--config", recipe, "--trainer.limit_test_batches=1.0", *processes)
+        numbers.append(json.loads((folder / "test.json").read_text()))
+        run("predict", "--config", recipe, "--num_samples=3", *processes)
+        files = sorted((folder / "predictions").glob("0*"))
+        assert len(files) == 3
+        numbers[-1]["files"] = [f.read_bytes() for f in files]
+    one, both = numbers
+    assert one.keys() == both.keys()
+    for key, value in one.items():
+        if isinstance(value, float) and "standard_error" not in key:
+            assert both[key] == pytest.approx(value, rel=2e-3), key
+    if recipe == "radd":
+        assert one["files"] == both["files"]

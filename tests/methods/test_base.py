@@ -187,3 +187,32 @@ def test_a_loss_that_is_no_number_stops(tmp_path: Path, digits: ImageDataModule)
     module.__class__ = Broken
     with pytest.raises(FloatingPointError, match="not a number"):
         trainer(tmp_path, limit_val_batches=0).fit(module, digits)
+
+
+def test_evaluation_and_training_in_turns(tmp_path: Path, digits: ImageDataModule):
+    module, tool = tiny_sde(metrics=[FrechetDistance()], test_samples=70), trainer(tmp_path)
+    tool.validate(module, digits, verbose=False)
+    tool.fit(module, digits)
+    tool.test(module, digits, verbose=False)
+    tool = trainer(tmp_path / "again", max_steps=6)
+    tool.fit(module, digits)
+    assert tool.global_step == 6
+
+
+def test_metrics_are_no_part_of_the_checkpoint(tmp_path: Path, digits: ImageDataModule):
+    features = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8))
+    module = tiny_sde(metrics=[FrechetDistance(features)])
+    trainer(tmp_path).fit(module, digits)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert {key.partition(".")[0] for key in saved} == {"network"}
+
+
+def test_drop_names_must_be_conditions(tmp_path: Path, digits: ImageDataModule):
+    with pytest.raises(ValueError, match="labl"):
+        trainer(tmp_path).fit(tiny_sde(drop={"labl": 0.1}), digits)
+
+
+def test_models_do_not_share_a_default_sampler():
+    assert tiny_sde().sampler is not tiny_sde().sampler
+    one, two = (RADD(MaskedTransformer, TextDataModule(length=16).spec) for _ in range(2))
+    assert one.sampler is not two.sampler
