@@ -147,6 +147,15 @@ def test_print_config_shows_everything(cli):
     assert shown["ema"]["decay"] == 0.9999
 
 
+def test_the_debug_recipe_shortens_any_other(cli, tmp_path: Path):
+    tiny = [t for t in TINY["radd"] if not t.startswith("--trainer")]
+    code, _, err = cli("fit", "--config", "radd", "--config", "debug/quick", *tiny)
+    assert code == 0, err
+    saved = yaml.safe_load((tmp_path / "runs/radd/version_0/config.yaml").read_text())
+    assert saved["trainer"]["max_steps"] == 4
+    assert "run_dir" not in saved["trainer"]
+
+
 def test_network_can_be_swapped(cli, tmp_path: Path):
     code, _, err = cli(
         "fit",
