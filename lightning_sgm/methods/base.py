@@ -21,6 +21,7 @@ from lightning_sgm.metrics.base import ExampleMean
 from lightning_sgm.random import Draw, mix, run_seed
 
 Batch = dict[str, Tensor]
+Decay = Literal["constant", "cosine", "trapezoid"]
 _TRAIN, _EVALUATE, _SAMPLE = 1, 2, 3
 
 
@@ -31,7 +32,8 @@ class GenerativeModule(LightningModule):
         spec: what the data tell the model (shape, vocabulary, ...); linked from the DataModule by the command line.
         optimizer: callable from parameters to an optimiser.
         warmup: number of updates over which the learning rate rises linearly.
-        decay: the learning rate after warm-up: "constant", or "cosine" down to 0 at the end of the run.
+        decay: the learning rate after warm-up: "constant"; "cosine" down to 0 over the run; "trapezoid", constant and
+            in the last fifth linearly down to 0 (Haegele et al. 2024, 2405.18392).
         exact: noise in training keyed by example instead of drawn per batch, so that a step does not depend on how its
             batch is split over processes.
         drop: probability with which a condition is replaced by its null value in training, by name; a label of K
@@ -53,7 +55,7 @@ class GenerativeModule(LightningModule):
         spec: dict[str, Any],
         optimizer: OptimizerCallable,
         warmup: int = 0,
-        decay: Literal["constant", "cosine"] = "constant",
+        decay: Decay = "constant",
         exact: bool = False,
         drop: dict[str, float] | None = None,
         metrics: list[Metric] | None = None,
@@ -258,15 +260,18 @@ class GenerativeModule(LightningModule):
         # Lightning refuses to clip for fused optimisers that unscale gradients themselves: let its scaler do that.
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        total = self.trainer.estimated_stepping_batches if self.decay == "cosine" else math.inf
-        if total == math.inf and self.decay == "cosine":
-            raise ValueError("decay: cosine needs an end of the run: set trainer.max_steps or trainer.max_epochs")
+        total = math.inf if self.decay == "constant" else float(self.trainer.estimated_stepping_batches)
+        if total == math.inf and self.decay != "constant":
+            raise ValueError(
+                f"decay: {self.decay} needs an end of the run: set trainer.max_steps or trainer.max_epochs"
+            )
 
         def factor(update: int) -> float:
             rising = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
-            falling = (
-                0.5 * (1.0 + math.cos(math.pi * min(1.0, update / max(1, total)))) if self.decay == "cosine" else 1.0
-            )
+            if self.decay == "constant":
+                return rising
+            done = min(1.0, update / max(1.0, total))
+            falling = 0.5 * (1.0 + math.cos(math.pi * done)) if self.decay == "cosine" else min(1.0, 5.0 * (1.0 - done))
             return rising * falling
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}

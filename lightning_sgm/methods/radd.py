@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sgm.denoiser import TokenDenoiser
-from lightning_sgm.methods.base import Batch, GenerativeModule
+from lightning_sgm.methods.base import Batch, Decay, GenerativeModule
 from lightning_sgm.metrics.likelihood import TokenLikelihood
 from lightning_sgm.networks.base import Spec, TokenNetwork, build
 from lightning_sgm.objectives.masked import MaskedObjective
@@ -45,7 +45,7 @@ class RADD(GenerativeModule):
         passes: int = 4,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.03),
         warmup: int = 2500,
-        decay: Literal["constant", "cosine"] = "constant",
+        decay: Decay = "constant",
         exact: bool = False,
         drop: dict[str, float] | None = None,
         metrics: list[Metric] | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sgm.denoiser import Denoiser, Preconditioning
-from lightning_sgm.methods.base import Batch, GenerativeModule
+from lightning_sgm.methods.base import Batch, Decay, GenerativeModule
 from lightning_sgm.networks.base import Network, Spec, build
 from lightning_sgm.objectives.denoising import DenoisingObjective
 from lightning_sgm.processes.gaussian import VP, GaussianProcess
@@ -44,7 +44,7 @@ class ScoreSDE(GenerativeModule):
         sampler: Sampler = Sampler(),
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=2e-4),
         warmup: int = 5000,
-        decay: Literal["constant", "cosine"] = "constant",
+        decay: Decay = "constant",
         exact: bool = False,
         drop: dict[str, float] | None = None,
         metrics: list[Metric] | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -38,19 +39,24 @@ def digits() -> ImageDataModule:
     return data
 
 
-def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(tmp_path: Path, digits: ImageDataModule):
-    module, seen = tiny_sde(decay="cosine"), []
+@pytest.mark.parametrize(
+    ("decay", "falling"),
+    [
+        ("constant", lambda share: 1.0),
+        ("cosine", lambda share: 0.5 * (1 + math.cos(share * math.pi))),
+        ("trapezoid", lambda share: min(1.0, (1 - share) / 0.2)),
+    ],
+)
+def test_the_learning_rate_rises_linearly_and_falls(tmp_path: Path, digits: ImageDataModule, decay, falling):
+    module, seen = tiny_sde(decay=decay), []
 
     class Watch(type(module)):  # type: ignore[misc]
         def on_before_optimizer_step(self, optimizer) -> None:
             seen.append(optimizer.param_groups[0]["lr"])
 
     module.__class__ = Watch
-    trainer(tmp_path, max_steps=8).fit(module, digits)
-    expected = [
-        2e-4 * min(1, (n + 1) / 4) * 0.5 * (1 + torch.cos(torch.tensor(n / 8 * torch.pi)).item()) for n in range(8)
-    ]
-    assert seen == pytest.approx(expected, rel=1e-5)
+    trainer(tmp_path, max_steps=20).fit(module, digits)
+    assert seen == pytest.approx([2e-4 * min(1, (n + 1) / 4) * falling(n / 20) for n in range(20)], rel=1e-5)
 
 
 def test_cosine_decay_needs_an_end(tmp_path: Path, digits: ImageDataModule):
