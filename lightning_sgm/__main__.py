@@ -43,8 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"lightning_sgm {__version__}")
         return 0
-    command = next((a for a in arguments if not a.startswith("-")), arguments[0])
-    if command == "recipes":
+    if arguments[0] == "recipes":
         from lightning_sgm.recipes import listing
 
         print(listing())

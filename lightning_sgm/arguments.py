@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from lightning_sgm.io.checkpoint import TRUSTED, hyper_parameters
+from lightning_sgm.io.checkpoint import foreign_name, hyper_parameters
 from lightning_sgm.io.files import next_version
 from lightning_sgm.recipes import find
 
@@ -38,7 +38,8 @@ class Invocation:
         continues: whether the command goes on with the run that the checkpoint belongs to, or judges it. Then its
             stored model and data stand above the recipe's; a new run from a checkpoint follows the recipe.
         run_dir: folder of this run, unless the user names one.
-        allow: packages whose classes a checkpoint may ask for: trusted ones, those the user names, ``--allow``.
+        allow: modules whose classes a checkpoint may ask for beside the trusted ones: those the user names in recipes
+            and options, and ``--allow``.
     """
 
     command: str
@@ -48,18 +49,26 @@ class Invocation:
     checkpoint: Path | None = None
     continues: bool = False
     run_dir: Path | None = None
-    allow: list[str] = field(default_factory=lambda: list(TRUSTED))
+    allow: list[str] = field(default_factory=list)
 
     def argv(self, checkpoint_config: str | None) -> list[str]:
         """Arguments for the parser, later ones winning: checkpoint and recipes in their order, then options."""
         stored = [checkpoint_config] if checkpoint_config else []
-        configs = [*self.configs, *stored] if self.continues else [*stored, *self.configs]
+        configs = [*stored, *self.configs]
+        if self.continues:
+            configs = [*self.configs, *self._own_config(), *stored]
         given = [f"--config={path}" for path in configs]
         if self.run_dir is not None:
             given.append(f"--trainer.run_dir={self.run_dir}")
         if self.checkpoint is not None:
             given.append(f"--ckpt_path={self.checkpoint}")
         return [self.command, *given, *self.options]
+
+    def _own_config(self) -> list[str]:
+        """config.yaml of the run that a fit goes on with: trainer, seed and all."""
+        assert self.checkpoint is not None
+        path = self.checkpoint.parent.parent / "config.yaml"
+        return [str(path)] if self.command == "fit" and path.is_file() else []
 
     @contextlib.contextmanager
     def checkpoint_config(self) -> Iterator[str | None]:
@@ -106,7 +115,7 @@ def prepare(argv: list[str]) -> Invocation:
             _add_config(invocation, argument)
         else:
             invocation.options.append(argument)
-    invocation.allow += _named_packages(invocation.options)
+    invocation.allow += _named_packages([o for o in invocation.options if not o.startswith("--data")])
     if not any(o in ("-h", "--help") or o.endswith(".help") or ".help=" in o for o in invocation.options):
         _find_checkpoint(invocation, checkpoint)
         if not any(o.startswith("--print_config") for o in invocation.options):
@@ -144,8 +153,12 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _named_packages(texts: list[str]) -> list[str]:
-    """Packages of the dotted names that a user wrote: what he names himself he trusts."""
-    return [name for text in texts for name in re.findall(r"(?<![\w./-])([A-Za-z_]\w*)\.[A-Za-z_]\w*", text)]
+    """Modules of the dotted names that a user wrote: what they name themselves they trust."""
+    return [
+        name.rpartition(".")[0]
+        for text in texts
+        for name in re.findall(r"(?<![\w./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+(?![\w/.])", text)
+    ]
 
 
 def _is_value(options: list[str]) -> bool:
@@ -167,8 +180,11 @@ def _option(options: list[str], name: str) -> str | None:
 def _family(invocation: Invocation) -> Path:
     """Folder of all runs of the recipe, or the one the user names."""
     given = _option(invocation.options, "--trainer.run_dir") or invocation.run_dir
-    name = Path(invocation.configs[0]).stem if invocation.configs else "run"
-    return Path(given) if given else Path("runs") / name
+    if given:
+        return Path(given)
+    recipe = Path(invocation.configs[0]) if invocation.configs else Path("run")
+    own = recipe.name == "config.yaml" and recipe.parent.name.startswith("version_")
+    return recipe.parent.parent if own else Path("runs") / recipe.stem
 
 
 def _find_checkpoint(invocation: Invocation, checkpoint: str | None) -> None:
@@ -222,7 +238,7 @@ def _stored_values(invocation: Invocation) -> dict[str, Any]:
     """Class paths and arguments of a checkpoint's model and data, as a recipe has them."""
     assert invocation.checkpoint is not None
     stored = hyper_parameters(invocation.checkpoint)
-    _check_classes([{"class_path": stored.model_class}, stored.model], invocation)
+    _check_trust([stored.model_class, stored.model], invocation)
     values: dict[str, Any] = {}
     if stored.model_class:
         _check_same_method(stored.model_class, invocation)
@@ -230,7 +246,7 @@ def _stored_values(invocation: Invocation) -> dict[str, Any]:
     # Sampling needs no data, so that it works where the data set is not; their spec is in the checkpoint.
     if invocation.command != "predict":
         if stored.data_class:
-            _check_classes({"class_path": stored.data_class}, invocation)
+            _check_trust(stored.data_class, invocation)
             values["data"] = {"class_path": stored.data_class, "init_args": stored.data}
         if stored.data_class or invocation.configs or any(o.startswith("--data") for o in invocation.options):
             values.get("model", {}).get("init_args", {}).pop("spec", None)
@@ -250,17 +266,10 @@ def _check_same_method(stored: str, invocation: Invocation) -> None:
         )
 
 
-def _check_classes(stored: Any, invocation: Invocation) -> None:
+def _check_trust(stored: Any, invocation: Invocation) -> None:
     """Refuse a checkpoint that names classes or functions of other packages: importing one runs its code."""
-    if isinstance(stored, dict):
-        stored = list(stored.values())
-    if isinstance(stored, list | tuple):
-        for entry in stored:
-            _check_classes(entry, invocation)
-    elif isinstance(stored, str) and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", stored):
-        trusted = any(stored == package or stored.startswith(f"{package}.") for package in invocation.allow)
-        if not trusted:
-            package = stored.partition(".")[0]
-            raise UsageError(
-                f"{invocation.checkpoint} asks for {stored}; if you trust it, add --allow {package} to the command"
-            )
+    if name := foreign_name(stored, invocation.allow):
+        package = name.partition(".")[0]
+        raise UsageError(
+            f"{invocation.checkpoint} asks for {name}; if you trust it, add --allow {package} to the command"
+        )

@@ -18,6 +18,7 @@ import datamodules  # noqa: F401  (short class names on the command line)
 from lightning_sgm import methods, networks, objectives, samplers  # noqa: F401
 from lightning_sgm.arguments import Invocation, UsageError, prepare
 from lightning_sgm.callbacks import EMA, Checkpoints, Compile, SampleLogger
+from lightning_sgm.io.checkpoint import foreign_name
 from lightning_sgm.io.files import write_json
 from lightning_sgm.messages import Parser, one_line, quiet
 from lightning_sgm.methods.base import GenerativeModule
@@ -28,13 +29,14 @@ class SaveConfig(SaveConfigCallback):
     """Writes config.yaml of a fit into the run folder; evaluation commands leave the fit's file alone."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Save for fit only, without the folder: the file is a recipe for further runs."""
+        """Save for fit only, without folder and checkpoint: the file is a recipe for further runs."""
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
             path = Path(trainer.log_dir or ".") / self.config_filename
             if trainer.is_global_zero and path.exists():
                 values = yaml.safe_load(path.read_text(encoding="utf-8"))
                 values["trainer"].pop("run_dir", None)
+                values.pop("ckpt_path", None)
                 path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
@@ -95,6 +97,11 @@ class CLI(LightningCLI):
             write_json(path, {"checkpoint": str(self.trainer.ckpt_path), **numbers})
             print(f"numbers: {path}")
 
+    def _trust(self) -> str:
+        """The ``--allow`` that a checkpoint with the user's own classes will need."""
+        name = foreign_name([f"{type(self.model).__module__}.{type(self.model).__name__}", dict(self.model.hparams)])
+        return f" --allow {name.partition('.')[0]}" if name else ""
+
     def after_fit(self) -> None:
         """Say where the run is and how to look at it."""
         folder = self.trainer.log_dir  # asks all processes
@@ -103,7 +110,7 @@ class CLI(LightningCLI):
             print(
                 f"run: {folder} (config.yaml, checkpoints/, samples/, metrics.csv)\n"
                 f"look: tensorboard --logdir {folder}\n"
-                f"next: python -m lightning_sgm predict --ckpt_path {folder}/checkpoints/last.ckpt"
+                f"next: python -m lightning_sgm predict --ckpt_path {folder}/checkpoints/last.ckpt{self._trust()}"
             )
 
 

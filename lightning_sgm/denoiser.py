@@ -39,10 +39,14 @@ class Preconditioning:
     Args:
         prediction: "noise" (Ho et al. 2020), "x0", "score" (Song et al. 2021), "v" = alpha eps - sigma x_0 (Salimans
             and Ho 2022), "velocity" = dx/dt along the path (flow matching).
-        label: "time" 999 t, "log_ratio" ln(sigma / alpha) / 4 (Karras et al. 2022), "sigma".
+        label: "time" 999 t, "log_ratio" ln(sigma / alpha) / 4 (Karras et al. 2022), "sigma"; None for the class's own,
+            "time" here. (A named default would follow from one class to another when a recipe changes the class.)
     """
 
-    def __init__(self, prediction: Prediction = "noise", label: Label = "time") -> None:
+    default_label: Label = "time"
+
+    def __init__(self, prediction: Prediction = "noise", label: Label | None = None) -> None:
+        label = label or self.default_label
         if prediction not in _MIXTURES or label not in _LABELS:
             raise ValueError(
                 f"prediction must be one of {', '.join(_MIXTURES)} and label one of {', '.join(_LABELS)}, "
@@ -72,10 +76,12 @@ class EDMPreconditioning(Preconditioning):
 
     Args:
         sigma_data: standard deviation of the data.
-        label: see :class:`Preconditioning`.
+        label: see :class:`Preconditioning`; "log_ratio" by default.
     """
 
-    def __init__(self, sigma_data: float = 0.5, label: Label = "log_ratio") -> None:
+    default_label: Label = "log_ratio"
+
+    def __init__(self, sigma_data: float = 0.5, label: Label | None = None) -> None:
         super().__init__("x0", label)
         if sigma_data <= 0:
             raise ValueError(f"sigma_data must be positive, got {sigma_data}")

@@ -66,6 +66,8 @@ def explain(message: str, parser: LightningArgumentParser | None = None) -> str:
 
 
 def _suggestion(message: str, parser: LightningArgumentParser | None) -> str:
+    if re.search(r"required: network", message):
+        return "A checkpoint made in Python does not hold its parts: give the recipe, or use lightning_sgm.load."
     if re.search(r"required.*\bmodel\b|\bmodel\b.*required", message):
         return "Give a recipe: --config NAME; `python -m lightning_sgm recipes` lists them."
     if unknown := re.search(r"Expected a dot import path string: (\w+)", message):
@@ -120,7 +122,7 @@ def one_line(error: BaseException) -> str:
         text = f"missing entry {text}"
     if "Error(s) in loading state_dict" in text:
         lines = [line.strip() for line in text.splitlines()[1:3]]
-        text = f"the checkpoint does not fit this model: {' '.join(lines)}"
+        text = f"the checkpoint does not fit this model: {' '.join(lines)[:300]}"
     elif "\n" in text:
         text = explain(text)
     known = isinstance(

@@ -7,12 +7,13 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 
@@ -85,6 +86,28 @@ def hyper_parameters(path: str | Path) -> HyperParameters:
     return _hyper_parameters(read_checkpoint(path))
 
 
+def foreign_name(stored: Any, allow: Iterable[str] = ()) -> str | None:
+    """The first dotted name among stored arguments that lies outside ``TRUSTED`` and ``allow``; None if there is none.
+
+    Any string may become an import when arguments are turned into parts, also one inside YAML or JSON text.
+    """
+    if isinstance(stored, dict):
+        stored = [*stored, *stored.values()]
+    if isinstance(stored, list | tuple):
+        return next((name for entry in stored if (name := foreign_name(entry, allow))), None)
+    if not isinstance(stored, str):
+        return None
+    if re.fullmatch(r"\s*[A-Za-z_]\w*(\.[A-Za-z_]\w*)+\s*", stored):
+        name = stored.strip()
+        known = any(name == package or name.startswith(f"{package}.") for package in (*TRUSTED, *allow))
+        return None if known else name
+    try:
+        inner = yaml.safe_load(stored)
+    except yaml.YAMLError:
+        return None
+    return foreign_name(inner, allow) if isinstance(inner, dict | list) else None
+
+
 def load(path: str | Path, allow: tuple[str, ...] = (), **overrides: Any) -> LightningModule:
     """Rebuild the model of a checkpoint with its averaged weights, on the CPU and in evaluation mode.
 
@@ -104,6 +127,11 @@ def load(path: str | Path, allow: tuple[str, ...] = (), **overrides: Any) -> Lig
     checkpoint = read_checkpoint(path)
     stored = _hyper_parameters(checkpoint)
     kind = _import_class(stored.model_class, allow, path)
+    if name := foreign_name(stored.model, allow):
+        raise ValueError(
+            f"{path} asks for {name}, which load() may not import; if you trust it, add its package: "
+            f"allow={(*allow, name.partition('.')[0])!r}"
+        )
     from_recipe = "_instantiator" in checkpoint["hyper_parameters"]
     try:
         module = _build(kind, {**stored.model, **overrides}, allow, from_recipe)

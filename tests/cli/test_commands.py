@@ -144,7 +144,29 @@ def test_print_config_shows_everything(cli):
     assert code == 0
     shown = yaml.safe_load(out)
     assert shown["model"]["init_args"]["objective"]["init_args"]["loss"] == "t_DCE"
-    assert shown["ema"]["decay"] == 0.9999
+    assert shown["ema"]["decay"] == 0.98
+
+
+def test_the_recipe_tells_the_network_the_noise_level_as_it_expects(cli):
+    """EDM preconditioning speaks of ln sigma, which the Fourier embedding is made for."""
+    code, out, _ = cli("fit", "--config", "score_sde", "--print_config")
+    assert code == 0
+    part = yaml.safe_load(out)["model"]["init_args"]["preconditioning"]
+    assert part["class_path"].endswith("EDMPreconditioning")
+    assert part["init_args"]["label"] is None
+
+
+def test_a_continued_run_keeps_its_settings(cli, tmp_path: Path):
+    cli("fit", "--config", "score_sde", *TINY["score_sde"], "--seed_everything=3", "--trainer.gradient_clip_val=0.3")
+    code, _, err = cli("fit", "--config", "score_sde", "--ckpt_path=last", "--trainer.max_steps=5")
+    assert code == 0, err
+    saved = yaml.safe_load((tmp_path / "runs/score_sde/version_0/config.yaml").read_text())
+    assert (saved["seed_everything"], saved["trainer"]["gradient_clip_val"]) == (3, 0.3)
+    assert saved["trainer"]["max_steps"] == 5
+    assert "ckpt_path" not in saved
+    code, _, err = cli("fit", "--config", "runs/score_sde/version_0/config.yaml")
+    assert code == 0, err
+    assert (tmp_path / "runs/score_sde/version_1/checkpoints/last.ckpt").exists()
 
 
 def test_the_debug_recipe_shortens_any_other(cli, tmp_path: Path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_sgm import load
 from tests.conftest import TINY
 
 TEXT = "To be, or not to be, that is the question. " * 40
@@ -133,8 +134,24 @@ def test_a_checkpoint_may_not_import_what_it_likes(cli, tmp_path: Path):
     path = tmp_path / "runs/score_sde/version_0/checkpoints/last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     (tmp_path / "evil.py").write_text("open('executed', 'w').close()\nclass Process: pass\n")
-    checkpoint["hyper_parameters"]["process"] = {"class_path": "evil.Process"}
+    attacks = [
+        {"class_path": "evil.Process"},
+        "evil.Process",
+        "{class_path: evil.Process}",
+        '{"class_path": "evil.Process"}',
+        {"class_path": "lightning_sgm.samplers.DiffusersRule", "init_args": {"scheduler": "evil.Process"}},
+    ]
+    for attack in attacks:
+        checkpoint["hyper_parameters"]["process"] = attack
+        torch.save(checkpoint, path)
+        for more in ((), ("--config", "score_sde")):
+            code, _, err = cli("predict", "--ckpt_path", path, "--num_samples=1", *more)
+            assert "--allow evil" in _message(code, err, 2)
+        with pytest.raises(ValueError, match="evil"):
+            load(path)
+        assert not (tmp_path / "executed").exists()
+    checkpoint["hyper_parameters"]["optimizer"] = {"class_path": "torch.utils.cpp_extension.load"}
+    checkpoint["hyper_parameters"]["process"] = {"class_path": "lightning_sgm.processes.VP"}
     torch.save(checkpoint, path)
-    code, _, err = cli("predict", "--ckpt_path", path, "--num_samples=1")
-    assert "--allow evil" in _message(code, err, 2)
-    assert not (tmp_path / "executed").exists()
+    code, _, err = cli("predict", "--ckpt_path", path, "--config", "score_sde", "--num_samples=1")
+    assert "torch.utils.cpp_extension.load" in _message(code, err, 2)

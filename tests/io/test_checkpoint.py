@@ -284,7 +284,7 @@ def test_prefix_of_a_name_is_not_its_package(checkpoint: Path, foreign: Path):
 
 def test_parts_are_imported_from_allowed_packages_only(checkpoint: Path, foreign: Path):
     path = edited(checkpoint, network={"class_path": "foreign_code.Net", "init_args": {"width": 5}})
-    with pytest.raises(ValueError, match=r"cannot rebuild .*foreign_code"):
+    with pytest.raises(ValueError, match=r"asks for foreign_code\.Net"):
         load(path, allow=ALLOW)
     assert not foreign.exists()
     assert isinstance(load(path, allow=(*ALLOW, "foreign_code")), Model)
@@ -292,7 +292,7 @@ def test_parts_are_imported_from_allowed_packages_only(checkpoint: Path, foreign
 
 def test_functions_are_imported_from_allowed_packages_only(checkpoint: Path, foreign: Path):
     """A network may be a function that makes it; naming one must not import its module either."""
-    with pytest.raises(ValueError, match="cannot rebuild"):
+    with pytest.raises(ValueError, match=r"asks for foreign_code\.make"):
         load(edited(checkpoint, network="foreign_code.make"), allow=ALLOW)
     assert not foreign.exists()
 
