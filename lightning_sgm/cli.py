@@ -99,7 +99,8 @@ class CLI(LightningCLI):
 
     def _trust(self) -> str:
         """The ``--allow`` that a checkpoint with the user's own classes will need."""
-        name = foreign_name([f"{type(self.model).__module__}.{type(self.model).__name__}", dict(self.model.hparams)])
+        stored = {key: value for key, value in self.model.hparams.items() if key != "_instantiator"}
+        name = foreign_name([f"{type(self.model).__module__}.{type(self.model).__name__}", stored])
         return f" --allow {name.partition('.')[0]}" if name else ""
 
     def after_fit(self) -> None:

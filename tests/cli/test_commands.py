@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,8 @@ def test_fit_validate_test_predict(cli, recipe: str, tmp_path: Path):
     assert code == 0, err
     run = tmp_path / "runs" / recipe / "version_0"
     assert "tensorboard --logdir runs/" + recipe in out
+    (following,) = [line for line in out.splitlines() if line.startswith("next: ")]
+    assert cli(*shlex.split(following)[4:], "--num_samples=1", "--model.sampler.steps=2")[0] == 0
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
     assert list((run / "samples").iterdir())
     saved = yaml.safe_load((run / "config.yaml").read_text())
