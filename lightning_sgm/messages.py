@@ -33,7 +33,6 @@ _QUIET_WARNINGS = (
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*was configured so validation will run at the end of the training epoch.*",
-    ".*Experiment logs directory .* exists and is not empty.*",
     ".*The dirpath has changed from.*",
     ".*lr_scheduler.step.*optimizer.step.*",
 )

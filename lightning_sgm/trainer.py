@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ class RunCSV(CSVLogger):
             return None
         if self._experiment is None:
             self._set_earlier_aside(Path(self.log_dir) / "metrics.csv")
-        return super().experiment
+        with warnings.catch_warnings():  # that earlier files will be deleted, which is no longer true
+            warnings.simplefilter("ignore")
+            return super().experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
