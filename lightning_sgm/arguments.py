@@ -33,7 +33,6 @@ class Invocation:
         command: fit, validate, test or predict.
         configs: recipe files, in order.
         options: everything else, in order.
-        recipe: the first recipe as the user wrote it.
         checkpoint: checkpoint file to start from, if any.
         continues: whether the command goes on with the run that the checkpoint belongs to, or judges it. Then its
             stored model and data stand above the recipe's; a new run from a checkpoint follows the recipe.
@@ -45,7 +44,6 @@ class Invocation:
     command: str
     configs: list[str] = field(default_factory=list)
     options: list[str] = field(default_factory=list)
-    recipe: str | None = None
     checkpoint: Path | None = None
     continues: bool = False
     run_dir: Path | None = None
@@ -125,7 +123,6 @@ def prepare(argv: list[str]) -> Invocation:
 
 def _add_config(invocation: Invocation, name: str) -> None:
     path = find(name)
-    invocation.recipe = invocation.recipe or name
     invocation.configs.append(str(path))
     values = _read_recipe(path)
     invocation.allow += _named_packages([yaml.safe_dump(values)])

@@ -43,8 +43,7 @@ class SaveConfig(SaveConfigCallback):
 class CLI(LightningCLI):
     """fit, validate, test and predict on any method and DataModule."""
 
-    def __init__(self, invocation: Invocation, arguments: list[str]) -> None:
-        self.invocation = invocation
+    def __init__(self, arguments: list[str]) -> None:
         super().__init__(
             GenerativeModule,
             LightningDataModule,
@@ -164,5 +163,5 @@ def _remove_if_unused(folder: Path | None, existed: bool) -> None:
 
 def _run(invocation: Invocation) -> int:
     with invocation.checkpoint_config() as checkpoint:
-        CLI(invocation, invocation.argv(checkpoint))
+        CLI(invocation.argv(checkpoint))
     return 0
