@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import warnings
 from pathlib import Path
@@ -116,6 +117,8 @@ class Trainer(pl.Trainer):
         cores = os.cpu_count() or 1
         if isinstance(self.accelerator, CPUAccelerator) and self.num_devices > cores:
             raise ValueError(f"devices is {self.num_devices}, but this machine has {cores} CPU cores and no GPU in use")
+        if self.world_size > 1:
+            atexit.register(_leave_process_group)
 
     def predict(
         self,
@@ -167,6 +170,12 @@ class SampleNumbers:
     def __iter__(self) -> Any:
         for part in self._mine().split(self.batch_size):
             yield {"index": part}
+
+
+def _leave_process_group() -> None:
+    """Close the connections between processes: gloo's threads abort an interpreter that ends with them running."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _with_defaults(given: list[Callback], kwargs: dict[str, Any]) -> list[Callback]:
