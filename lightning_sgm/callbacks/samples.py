@@ -15,7 +15,9 @@ from torch import Tensor, distributed
 from lightning_sgm.callbacks.clock import updates
 from lightning_sgm.callbacks.ema import EMA
 from lightning_sgm.callbacks.throughput import untimed
+from lightning_sgm.io.figures import CurveWriter
 from lightning_sgm.io.writers import Writer, writer_for
+from lightning_sgm.methods.base import Curve
 
 if TYPE_CHECKING:
     from lightning_sgm.methods.base import GenerativeModule
@@ -30,6 +32,7 @@ class SampleLogger(Callback):
     They go to TensorBoard as ``samples`` and to ``RUN/samples/UPDATES.png`` or ``.txt``. The same sample numbers,
     hence the same start noise, are drawn every time: successive pictures show one set of samples getting better.
     ``samples/evaluations`` logs how many network evaluations a sample took. The training is not changed by looking.
+    The method's other :meth:`~lightning_sgm.methods.base.GenerativeModule.pictures` follow under their own names.
 
     Only the first process draws while the others wait, unless parameters are sharded: then all draw, one writes.
 
@@ -75,14 +78,20 @@ class SampleLogger(Callback):
     def _draw_now(self, trainer: Trainer, module: GenerativeModule, step: int) -> None:
         with _averaged(trainer, module), _evaluating(module), trainer.precision_plugin.predict_step_context():
             batch = module.sample(torch.arange(self.count, device=module.device))
+            evaluations = module.sampler_evaluations
+            pictures = module.pictures()
         if not trainer.is_global_zero:
             return
         writer = self.writer or writer_for(module.spec)
         for logger in trainer.loggers:
-            writer.log(logger, "samples", batch, step)
-            logger.log_metrics({"samples/evaluations": module.sampler_evaluations}, step=step)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            writer.save(batch, self._folder / f"{step:08d}")
+            logger.log_metrics({"samples/evaluations": evaluations}, step=step)
+        for name, picture in {"samples": batch, **pictures}.items():
+            painter: Any = CurveWriter() if isinstance(picture, Curve) else writer
+            for logger in trainer.loggers:
+                painter.log(logger, name, picture, step)
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                suffix = "" if name == "samples" else f"_{name}"
+                painter.save(picture, self._folder / f"{step:08d}{suffix}")
 
 
 class PredictionWriter(Callback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -23,6 +23,16 @@ from lightning_sgm.random import Draw, mix, run_seed
 Batch = dict[str, Tensor]
 Decay = Literal["constant", "cosine", "trapezoid"]
 _TRAIN, _EVALUATE, _SAMPLE = 1, 2, 3
+
+
+class Curve(NamedTuple):
+    """A picture of numbers: ``y`` (n,) over ``x`` (n,), with their names; ``log_x`` for a logarithmic axis."""
+
+    x: Tensor
+    y: Tensor
+    x_name: str
+    y_name: str
+    log_x: bool = False
 
 
 class GenerativeModule(LightningModule):
@@ -247,6 +257,10 @@ class GenerativeModule(LightningModule):
             for part in training:
                 part.training = True
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def pictures(self) -> dict[str, Batch | Curve]:
+        """Further pictures of a model in training by name, drawn where samples are: batches of samples, or curves."""
+        return {}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Samples for a batch of sample numbers, ``batch["index"]``."""

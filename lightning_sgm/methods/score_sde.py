@@ -12,7 +12,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sgm.denoiser import Denoiser, Preconditioning
-from lightning_sgm.methods.base import Batch, Decay, GenerativeModule
+from lightning_sgm.methods.base import Batch, Curve, Decay, GenerativeModule
+from lightning_sgm.methods.pictures import denoising_strips, loss_curve
 from lightning_sgm.networks.base import Network, Spec, build
 from lightning_sgm.objectives.denoising import DenoisingObjective
 from lightning_sgm.processes.gaussian import VP, GaussianProcess
@@ -84,3 +85,10 @@ class ScoreSDE(GenerativeModule):
         draw = self.sample_draw(indices)
         x = self.sampler(self.denoiser, (len(indices), *self.spec["shape"]), draw, **conditions)
         return {"x": x, **conditions}
+
+    def pictures(self) -> dict[str, Batch | Curve]:
+        """Images coming out of the noise, and the loss over the noise levels."""
+        found: dict[str, Batch | Curve | None] = {"loss_by_level": loss_curve(self)}
+        if self.spec["kind"] == "image":
+            found["denoising"] = denoising_strips(self)
+        return {name: picture for name, picture in found.items() if picture is not None}

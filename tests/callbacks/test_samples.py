@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sgm.callbacks.ema import EMA
 from lightning_sgm.callbacks.samples import PredictionWriter, SampleLogger
-from lightning_sgm.methods.base import GenerativeModule
+from lightning_sgm.methods.base import Curve, GenerativeModule
 
 IMAGE = {"kind": "image", "shape": [1, 8, 8], "classes": 0, "levels": 256, "range": [-1.0, 1.0]}
 TEXT = {"kind": "text", "length": 8, "vocabulary": 256, "tokenizer": "bytes"}
@@ -105,6 +105,29 @@ def test_samples_at_the_cadence_and_at_the_end(tmp_path):
     assert [(s.step, s.value) for s in accumulator.Scalars("samples/evaluations")] == [(3, 3.0), (6, 3.0), (8, 3.0)]
     with (Path(trainer.log_dir) / "metrics.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file) if row["samples/evaluations"]] == ["3", "6", "8"]
+
+
+class Pictured(Tiny):
+    """Shows its level as a further picture and as a curve that ends at it."""
+
+    def pictures(self):
+        level = self.network.value.detach()
+        curve = Curve(torch.arange(1.0, 4.0), torch.linspace(0, 1 + float(level), 3), "sigma", "error", log_x=True)
+        return {"flat": {"x": level.expand(1, 1, 64, 64)}, "errors": curve}
+
+
+def test_a_methods_own_pictures(tmp_path):
+    trainer = fit(Pictured(IMAGE), tmp_path, [SampleLogger(every=5, count=1)], 5)
+    folder = Path(trainer.log_dir) / "samples"
+    assert sorted(os.listdir(folder)) == ["00000005.png", "00000005_errors.png", "00000005_flat.png"]
+    assert gray(folder / "00000005_flat.png") == pytest.approx(level(-0.5), abs=1)
+    with Image.open(folder / "00000005_errors.png") as image:
+        drawn = np.array(image.convert("RGB")).reshape(-1, 3)
+    blue = (drawn[:, 2].astype(int) - drawn[:, 0]) > 100
+    assert 300 < blue.sum() < 5000  # a line and three dots
+    accumulator = EventAccumulator(trainer.log_dir)
+    accumulator.Reload()
+    assert set(accumulator.Tags()["images"]) == {"samples", "flat", "errors"}
 
 
 def test_the_end_is_not_drawn_twice(tmp_path):
