@@ -245,8 +245,12 @@ class DenoisingObjective:
         Returns:
             "loss" (B,), float32 or the better type of ``x0``.
         """
+        return {"loss": self.at(self.times(denoiser.process, len(x0), draw), denoiser, x0, draw, **conditions)}
+
+    def at(self, times: Tensor, denoiser: BaseDenoiser, x0: Tensor, draw: Draw, **conditions: Tensor) -> Tensor:
+        """Losses (B,) at given times (B,): what the curve of the loss over noise levels is made of."""
         process = denoiser.process
-        level = process.level(self.times(process, len(x0), draw), x0.device)
+        level = process.level(times, x0.device)
         noise = draw.normal(x0.shape, x0.dtype).to(x0.device)
         x = process.perturb(x0, level, noise)
         if self.weight.of == "noise":
@@ -258,4 +262,4 @@ class DenoisingObjective:
             error = denoiser.velocity(x, level.t, **conditions) - match(d_alpha, x) * x0 - match(d_sigma, x) * noise
         squared = error.to(torch.promote_types(error.dtype, torch.float32)).square().flatten(1)
         loss = squared.mean(1) if self.reduction == "mean" else 0.5 * squared.sum(1)
-        return {"loss": loss * self.weight(level, process).to(loss.dtype)}
+        return loss * self.weight(level, process).to(loss.dtype)
