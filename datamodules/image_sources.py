@@ -167,6 +167,7 @@ class PictureFolder:
         labels: the sub-folders directly below are classes.
         size: side of the images, cut and resampled; None takes the size that all pictures have.
         channels: 1 or 3; None takes those of the first picture.
+        crop: side of the centred square to keep of every picture; None keeps all.
         like: the folder whose shape and classes this one must share.
     """
 
@@ -174,8 +175,15 @@ class PictureFolder:
     deviation: float | None = None
 
     def __init__(
-        self, folder: Path, labels: bool, size: int | None, channels: int | None, like: Source | None = None
+        self,
+        folder: Path,
+        labels: bool,
+        size: int | None,
+        channels: int | None,
+        crop: int | None,
+        like: Source | None = None,
     ) -> None:
+        self.crop = crop
         self.pictures = find_pictures(folder)
         self.resize = size is not None
         self.recolour = channels is not None
@@ -185,14 +193,14 @@ class PictureFolder:
         strange = sorted(set(self.pictures.classes) - set(self.classes)) if labels else []
         if strange:
             raise ValueError(f"{folder} has the class {strange[0]!r}, which the training folder has not")
-        self.shape = like.shape if like else picture_shape(self.pictures.files[0], size, channels)
+        self.shape = like.shape if like else picture_shape(self.pictures.files[0], size, channels, crop)
 
     def prepare(self) -> None:
         """Nothing to download."""
 
     def load(self) -> tuple[Images, Images | None]:
         """All pictures; there is no test split."""
-        pixels = decode(self.pictures.files, self.shape, self.resize, self.recolour)
+        pixels = decode(self.pictures.files, self.shape, self.resize, self.recolour, self.crop)
         if not self.classes:
             return Images(pixels, None), None
         number = {name: place for place, name in enumerate(self.classes)}
@@ -200,7 +208,12 @@ class PictureFolder:
 
 
 def open_folder(
-    path: str, labels: bool, size: int | None, channels: int | None, like: Source | None = None
+    path: str,
+    labels: bool,
+    size: int | None,
+    channels: int | None,
+    crop: int | None,
+    like: Source | None = None,
 ) -> IdxFolder | PictureFolder:
     """The images in a folder, whichever of the two kinds it is; ``like`` is the training folder, if this is another.
 
@@ -210,5 +223,7 @@ def open_folder(
     """
     folder = Path(path)
     if find_idx(folder, "train-images-idx3-ubyte"):
+        if crop is not None:
+            raise ValueError(f"crop is for pictures, and {folder} holds idx files: leave it out")
         return IdxFolder(folder, labels)
-    return PictureFolder(folder, labels, size, channels, like)
+    return PictureFolder(folder, labels, size, channels, crop, like)

@@ -47,6 +47,7 @@ class ImageDataModule(DataModule):
         test_path: folder of test images; None: see above.
         size: side of the images. Pictures lose what does not fit a square and are resampled; named sets and idx files
             are resampled. None keeps the size, which must then be the same for all pictures.
+        crop: side of the centred square to keep of every picture, before it is resampled (140 for CelebA); None: all.
         channels: 1 or 3 turns pictures gray or coloured; None does as the first picture.
         labels: give class labels.
         flip: mirror training images left to right, each with probability 1/2. None does so for cifar10 only.
@@ -70,6 +71,7 @@ class ImageDataModule(DataModule):
         val_path: str | None = None,
         test_path: str | None = None,
         size: int | None = None,
+        crop: int | None = None,
         channels: Literal[1, 3] | None = None,
         labels: bool = False,
         flip: bool | None = None,
@@ -87,18 +89,22 @@ class ImageDataModule(DataModule):
             require_positive(size=size)
         if channels not in (None, 1, 3):
             raise ValueError(f"channels must be 1 or 3, got {channels}")
-        if path is None and (val_path or test_path or channels):
-            raise ValueError("val_path, test_path and channels belong to a path: give the folder of training images")
+        if crop is not None:
+            require_positive(crop=crop)
+        if path is None and (val_path or test_path or channels or crop):
+            raise ValueError(
+                "val_path, test_path, channels and crop belong to a path: give the folder of training images"
+            )
         if path is not None and dataset != "digits":
             raise ValueError(f"give dataset or path, not both: got {dataset} and {path}")
         self.labels, self.size, self.dequantize = labels, size, dequantize
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.flip = (path is None and dataset == "cifar10") if flip is None else flip
         self._source: Source = (
-            NamedSet(dataset, data_dir, download) if path is None else open_folder(path, labels, size, channels)
+            NamedSet(dataset, data_dir, download) if path is None else open_folder(path, labels, size, channels, crop)
         )
         self._others: dict[str, Source] = {
-            split: open_folder(place, labels, size, channels, self._source)
+            split: open_folder(place, labels, size, channels, crop, self._source)
             for split, place in (("val", val_path), ("test", test_path))
             if place is not None
         }

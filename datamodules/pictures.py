@@ -48,15 +48,15 @@ def find_pictures(folder: Path) -> Pictures:
     return Pictures([folder / file for file in inside], names, sorted(set(names)))
 
 
-def picture_shape(file: Path, size: int | None, channels: int | None) -> list[int]:
+def picture_shape(file: Path, size: int | None, channels: int | None, crop: int | None) -> list[int]:
     """[C, H, W] that ``decode`` should give a folder whose first picture is ``file``: its own where None is given."""
-    image = _open(file)
+    image = _cropped(_open(file), file, crop)
     if channels is None:
         channels = 1 if image.mode == "L" else 3
     return [channels, image.height, image.width] if size is None else [channels, size, size]
 
 
-def decode(files: Sequence[Path], shape: Sequence[int], resize: bool, recolour: bool) -> Tensor:
+def decode(files: Sequence[Path], shape: Sequence[int], resize: bool, recolour: bool, crop: int | None) -> Tensor:
     """Decode pictures into one tensor, several at a time.
 
     Args:
@@ -65,12 +65,13 @@ def decode(files: Sequence[Path], shape: Sequence[int], resize: bool, recolour: 
         resize: cut the largest centred part of the right proportions and resample it (Lanczos); False: a picture of
             another size is an error.
         recolour: turn colours into gray where C = 1; False: a coloured picture is an error.
+        crop: side of the centred square to keep of every picture, before anything else; None keeps all.
 
     Returns:
         (N, C, H, W) uint8, RGB or gray. Transparent parts lie on white, photographs are turned upright.
 
     Raises:
-        ValueError: a picture that cannot be read, has another size, or colours where C = 1; too many for the memory.
+        ValueError: a picture that cannot be read, is too small, has another size, or colours where C = 1; too many for the memory.
     """
     needed, present = len(files) * int(np.prod(shape)), _physical_memory()
     if needed > _MEMORY * present:
@@ -81,7 +82,7 @@ def decode(files: Sequence[Path], shape: Sequence[int], resize: bool, recolour: 
     images = np.empty((len(files), *shape), dtype=np.uint8)
 
     def put(place: int) -> None:
-        images[place] = _pixels(files[place], shape, resize, recolour)
+        images[place] = _pixels(files[place], shape, resize, recolour, crop)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for _ in pool.map(put, range(len(files))):  # consumes the results, so that the first error is raised
@@ -104,10 +105,20 @@ def _open(file: Path) -> Image.Image:
         raise ValueError(f"cannot read the picture {file}: {error}") from error
 
 
-def _pixels(file: Path, shape: Sequence[int], resize: bool, recolour: bool) -> NDArray[np.uint8]:
+def _cropped(image: Image.Image, file: Path, crop: int | None) -> Image.Image:
+    """The centred square of side ``crop``."""
+    if crop is None:
+        return image
+    if min(image.size) < crop:
+        raise ValueError(f"{file} is {image.width} x {image.height} pixels, too small for crop: {crop}")
+    left, top = (image.width - crop) // 2, (image.height - crop) // 2
+    return image.crop((left, top, left + crop, top + crop))
+
+
+def _pixels(file: Path, shape: Sequence[int], resize: bool, recolour: bool, crop: int | None) -> NDArray[np.uint8]:
     """(C, H, W) uint8 of one picture."""
     channels, height, width = shape
-    image = _open(file)
+    image = _cropped(_open(file), file, crop)
     if channels == 1 and image.mode != "L" and not recolour:
         raise ValueError(f"{file} is in colour and the first picture is gray: set channels to 1 or 3")
     if resize:

@@ -154,6 +154,23 @@ def test_gray_and_coloured_pictures(tmp_path):
     assert ready(path=str(tmp_path), channels=3).spec["shape"] == [3, 2, 2]
 
 
+def test_crop_keeps_the_centre(tmp_path):
+    """The margins, which differ from picture to picture in size and value, are gone before pictures are resampled."""
+    for number in range(4):
+        framed = np.full((10 + 2 * number, 12), 255)
+        framed[3 + number : 7 + number, 4:8] = 10 * number
+        save(tmp_path / f"{number}.png", framed)
+    for size in (None, 2):
+        data = ready(path=str(tmp_path), crop=4, size=size)
+        assert data.spec["shape"] == [1, size or 4, size or 4]
+        values = torch.cat([everything(data, split) for split in SPLITS])
+        assert set(((values + 1) * 127.5).round().unique().tolist()) == {0, 10, 20, 30}
+    with pytest.raises(ValueError, match=r"0.png is 12 x 10 pixels, too small for crop: 11"):
+        ImageDataModule(path=str(tmp_path), crop=11)
+    with pytest.raises(ValueError, match="crop belong to a path"):
+        ImageDataModule(crop=4)
+
+
 def test_resized_digits_keep_their_levels():
     data = ready(size=16)
     assert data.spec["shape"] == [1, 16, 16]
