@@ -71,7 +71,8 @@ def decode(files: Sequence[Path], shape: Sequence[int], resize: bool, recolour: 
         (N, C, H, W) uint8, RGB or gray. Transparent parts lie on white, photographs are turned upright.
 
     Raises:
-        ValueError: a picture that cannot be read, is too small, has another size, or colours where C = 1; too many for the memory.
+        ValueError: a picture that cannot be read, is too small, has another size, or colours where C = 1; too many for
+            the memory.
     """
     needed, present = len(files) * int(np.prod(shape)), _physical_memory()
     if needed > _MEMORY * present:
