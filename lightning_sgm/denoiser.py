@@ -13,23 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgm.processes.absorbing import AbsorbingProcess
+from lightning_sgm.processes.chains import as_chain
 from lightning_sgm.processes.gaussian import GaussianProcess, Level, Time, as_time, match
 
-Prediction = Literal["noise", "x0", "score", "v", "velocity"]
-Label = Literal["time", "log_ratio", "sigma"]
+Prediction = Literal["noise", "x0", "score", "scaled_score", "v", "velocity"]
+Label = Literal["time", "log_ratio", "sigma", "log_half_sigma", "index"]
 
 # Each prediction as (p, q): prediction = p x_0 + q eps. All conversions follow from this table, see Denoiser.
 _MIXTURES: dict[str, Callable[[Level, GaussianProcess], tuple[Tensor, Tensor]]] = {
     "noise": lambda level, process: (torch.zeros_like(level.t), torch.ones_like(level.t)),
     "x0": lambda level, process: (torch.ones_like(level.t), torch.zeros_like(level.t)),
     "score": lambda level, process: (torch.zeros_like(level.t), -1.0 / level.sigma),
+    "scaled_score": lambda level, process: (torch.zeros_like(level.t), -torch.ones_like(level.t)),
     "v": lambda level, process: (-level.sigma, level.alpha),
     "velocity": lambda level, process: process.derivatives(level.t),
 }
-_LABELS: dict[str, Callable[[Level], Tensor]] = {
-    "time": lambda level: 999.0 * level.t,
-    "log_ratio": lambda level: 0.25 * torch.log(level.ratio.clamp(1e-20, 1e20)),
-    "sigma": lambda level: level.sigma,
+_LABELS: dict[str, Callable[[Level, GaussianProcess], Tensor]] = {
+    "time": lambda level, process: 999.0 * level.t,
+    "log_ratio": lambda level, process: 0.25 * torch.log(level.ratio.clamp(1e-20, 1e20)),
+    "sigma": lambda level, process: level.sigma,
+    "log_half_sigma": lambda level, process: torch.log(0.5 * level.sigma),
+    "index": lambda level, process: as_chain(process, "the label index").label(level.t),
 }
 
 
@@ -37,10 +41,13 @@ class Preconditioning:
     """What the network is asked for and how it is told the noise level.
 
     Args:
-        prediction: "noise" (Ho et al. 2020), "x0", "score" (Song et al. 2021), "v" = alpha eps - sigma x_0 (Salimans
-            and Ho 2022), "velocity" = dx/dt along the path (flow matching).
-        label: "time" 999 t, "log_ratio" ln(sigma / alpha) / 4 (Karras et al. 2022), "sigma"; None for the class's own,
-            "time" here. (A named default would follow from one class to another when a recipe changes the class.)
+        prediction: "noise" (Ho et al. 2020), "x0", "score" (Song et al. 2021), "scaled_score" = sigma score = -eps
+            (their NCSN++, whose output is then divided by sigma), "v" = alpha eps - sigma x_0 (Salimans and Ho 2022),
+            "velocity" = dx/dt along the path (flow matching).
+        label: "time" 999 t, "log_ratio" ln(sigma / alpha) / 4 (Karras et al. 2022), "sigma", "log_half_sigma"
+            ln(sigma / 2) (their NCSN++, which counts sigma in images of [0, 1]), "index" of a discrete chain; None for
+            the class's own, "time" here. (A named default would follow from one class to another when a recipe changes
+            the class.)
     """
 
     default_label: Label = "time"
@@ -59,9 +66,9 @@ class Preconditioning:
         """(p, q) of the prediction, shapes of ``level``."""
         return _MIXTURES[self.prediction](level, process)
 
-    def label(self, level: Level) -> Tensor:
-        """The network's own name of the level."""
-        return _LABELS[self.label_kind](level)
+    def label(self, level: Level, process: GaussianProcess) -> Tensor:
+        """The network's own name of the level, shape of ``level``."""
+        return _LABELS[self.label_kind](level, process)
 
     def scales(self, level: Level) -> tuple[Tensor, Tensor, Tensor]:
         """(c_in, c_skip, c_out): prediction = c_skip x + c_out network(c_in x, label)."""
@@ -99,7 +106,16 @@ class BaseDenoiser:
 
     Args:
         process: the Gaussian process of x_t.
+
+    Attributes:
+        conditions: names of the conditions it wants.
+        classes: K where it wants a class ``label`` in 0 .. K - 1, or K for none; 0 where that is not known.
+        cost: network evaluations that its latest answer took, per row asked.
     """
+
+    conditions: tuple[str, ...] = ()
+    classes: int = 0
+    cost: int = 1
 
     def __init__(self, process: GaussianProcess) -> None:
         self.process = process
@@ -139,8 +155,12 @@ class Denoiser(BaseDenoiser):
 
     def __init__(self, network: nn.Module, process: GaussianProcess, preconditioning: Preconditioning) -> None:
         super().__init__(process)
+        if preconditioning.label_kind == "index":
+            as_chain(process, "the label index")
         self.network = network
         self.preconditioning = preconditioning
+        self.conditions = tuple(getattr(network, "conditions", ()))
+        self.classes = int(getattr(network, "classes", 0))
 
     def x0(self, x: Tensor, t: Time, **conditions: Tensor) -> Tensor:
         """E[x_0 | x_t]; infinite at alpha = 0 if noise or score is predicted."""
@@ -162,7 +182,8 @@ class Denoiser(BaseDenoiser):
         """
         level = self.process.level(as_time(t, x.device))
         c_in, c_skip, c_out = self.preconditioning.scales(level)
-        label = self.preconditioning.label(level).to(torch.promote_types(x.dtype, torch.float32)).expand(len(x))
+        label = self.preconditioning.label(level, self.process)
+        label = label.to(torch.promote_types(x.dtype, torch.float32)).expand(len(x))
         output = self.network(match(c_in, x) * x, label, **conditions).to(x.dtype)
         if quantity == self.preconditioning.prediction:
             return match(c_skip, x) * x + match(c_out, x) * output

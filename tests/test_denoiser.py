@@ -10,9 +10,11 @@ from lightning_sgm.denoiser import (
     EDMPreconditioning,
     GaussianMixtureDenoiser,
     Preconditioning,
+    Prediction,
     TokenDenoiser,
 )
 from lightning_sgm.processes.absorbing import AbsorbingProcess
+from lightning_sgm.processes.chains import DDPMChain, SMLDChain
 from lightning_sgm.processes.gaussian import EDM, VE, VP, Cosine, Flow, SubVP
 from lightning_sgm.random import Draw
 
@@ -42,6 +44,10 @@ def v(exact, x, t):
     return alpha * exact.noise(x, t) - sigma * exact.x0(x, t)
 
 
+def scaled_score(exact, x, t):
+    return exact.process.level(t).sigma.reshape(-1, 1) * exact.score(x, t)
+
+
 class Perfect(nn.Module):
     """Answers what the exact denoiser does, from what the preconditioning shows it."""
 
@@ -54,7 +60,10 @@ class Perfect(nn.Module):
     def forward(self, x, label, /):
         self.shown, self.label = x, label
         x = x.double() / self.c_in.reshape(-1, 1)
-        target = v(self.exact, x, self.t) if self.kind == "v" else getattr(self.exact, self.kind)(x, self.t)
+        own = {"v": v, "scaled_score": scaled_score}
+        target = (
+            own[self.kind](self.exact, x, self.t) if self.kind in own else getattr(self.exact, self.kind)(x, self.t)
+        )
         return (target - self.c_skip.reshape(-1, 1) * x) / self.c_out.reshape(-1, 1)
 
 
@@ -108,10 +117,11 @@ def test_mixture_takes_images_and_points_without_spread():
 
 # Networks.
 
-PRECONDITIONINGS = [Preconditioning(kind) for kind in ("noise", "x0", "score", "v", "velocity")]
-PRECONDITIONINGS += [EDMPreconditioning(), EDMPreconditioning(1.7)]
+KINDS: tuple[Prediction, ...] = ("noise", "x0", "score", "v", "velocity", "scaled_score")
+PRECONDITIONINGS = [*(Preconditioning(kind) for kind in KINDS[:5]), EDMPreconditioning(), EDMPreconditioning(1.7)]
+PRECONDITIONINGS += [Preconditioning("scaled_score", "log_half_sigma")]
 every_preconditioning = pytest.mark.parametrize(
-    "preconditioning", PRECONDITIONINGS, ids=["noise", "x0", "score", "v", "velocity", "EDM", "EDM 1.7"]
+    "preconditioning", PRECONDITIONINGS, ids=[*KINDS[:5], "EDM", "EDM 1.7", "scaled score"]
 )
 
 
@@ -243,21 +253,49 @@ def test_edm_scales_are_those_of_karras(sigma):
     assert c_skip == pytest.approx(0.25 / (sigma**2 + 0.25), rel=1e-6)
     assert c_out == pytest.approx(sigma * 0.5 / math.sqrt(sigma**2 + 0.25), rel=1e-6)
     assert c_in == pytest.approx(1 / math.sqrt(sigma**2 + 0.25), rel=1e-6)
-    assert float(EDMPreconditioning().label(level)) == pytest.approx(math.log(sigma) / 4, abs=1e-6)
+    assert float(EDMPreconditioning().label(level, EDM())) == pytest.approx(math.log(sigma) / 4, abs=1e-6)
 
 
 def test_labels():
     t = torch.tensor([0.1, 0.6]).double()
     level = VP().level(t)
     shown = {}
-    for kind in ("time", "log_ratio", "sigma"):
+    for kind in ("time", "log_ratio", "sigma", "log_half_sigma"):
         model = denoiser(VP(), Preconditioning("noise", kind), t)
         model.x0(noisy(VP(), t, rows=2), t)
         shown[kind] = model.network.label
     torch.testing.assert_close(shown["time"], 999 * t)
     torch.testing.assert_close(shown["log_ratio"], torch.log(level.sigma / level.alpha) / 4)
     torch.testing.assert_close(shown["sigma"], level.sigma)
-    assert Preconditioning("v", "log_ratio").label(Flow().level(1.0)).isfinite()
+    torch.testing.assert_close(shown["log_half_sigma"], torch.log(level.sigma / 2))
+    assert Preconditioning("v", "log_ratio").label(Flow().level(1.0), Flow()).isfinite()
+
+
+@pytest.mark.parametrize("chain", [DDPMChain(100), SMLDChain(100)], ids=["DDPM", "SMLD"])
+def test_index_is_what_the_chains_networks_are_told(chain):
+    index = torch.tensor([0, 41, 99])
+    t = chain.time(index)
+    model = denoiser(chain, Preconditioning("scaled_score", "index"), t)
+    model.x0(noisy(chain, t, rows=3), t)
+    # 0 is the least noise of DDPM and the most of SMLD.
+    assert model.network.label.tolist() == [[0, 41, 99], [99, 58, 0]][isinstance(chain, SMLDChain)]
+
+
+def test_the_released_ncsnpp_is_half_their_score():
+    """Their network sees x in [-1, 1] and ln sigma of [0, 1]; output / sigma is their score (score_sde.md 2.3)."""
+
+    class Theirs(nn.Module):
+        def forward(self, x, log_sigma, /):
+            return torch.sin(x) * log_sigma[:, None]
+
+    ours = Denoiser(Theirs(), VE(0.02, 100.0), Preconditioning("scaled_score", "log_half_sigma"))
+    t = torch.tensor([0.1, 0.6, 0.9]).double()
+    sigma = 0.01 * (50.0 / 0.01) ** t[:, None]
+    x = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    theirs = Theirs()(2 * x - 1, sigma[:, 0].log()) / sigma
+    torch.testing.assert_close(ours.score(2 * x - 1, t), theirs / 2, rtol=1e-6, atol=0)
+    # Tweedie in their units and in ours is the same image.
+    torch.testing.assert_close(ours.x0(2 * x - 1, t), 2 * (x + sigma**2 * theirs) - 1, rtol=1e-6, atol=1e-6)
 
 
 def test_input_is_scaled_before_the_network():
@@ -289,10 +327,12 @@ def test_works_in_inference_mode():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="prediction must be one of noise, x0, score, v, velocity"):
+    with pytest.raises(ValueError, match="prediction must be one of noise, x0, score, scaled_score, v, velocity"):
         Preconditioning("epsilon")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="label one of time, log_ratio, sigma"):
-        Preconditioning("noise", "index")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="label one of time, log_ratio, sigma, log_half_sigma, index"):
+        Preconditioning("noise", "step")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the label index needs a discrete chain, and VP is none"):
+        Denoiser(nn.Identity(), VP(), Preconditioning("noise", "index"))
     with pytest.raises(ValueError, match="sigma_data must be positive"):
         EDMPreconditioning(0.0)
 

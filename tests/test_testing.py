@@ -215,12 +215,12 @@ class Good(Network):
         super().__init__()
         channels = spec["shape"][0]
         self.first, self.last = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, channels, 3, padding=1)
-        self.noise, self.classes = nn.Linear(1, 8), nn.Embedding(spec["classes"] + 1, 8)
+        self.noise, self.kind = nn.Linear(1, 8), nn.Embedding(spec["classes"] + 1, 8)
         nn.init.zeros_(self.last.weight)
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x, noise, /, label):
-        shift = self.noise(noise[:, None]) + self.classes(label)
+        shift = self.noise(noise[:, None]) + self.kind(label)
         return self.last(self.drop(torch.tanh(self.first(x) + shift[:, :, None, None])))
 
 

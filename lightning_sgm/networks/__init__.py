@@ -1,9 +1,24 @@
 """Networks: modules that know shapes and conditions, but no process."""
 
 from lightning_sgm.networks.base import Network, Spec, TokenNetwork, build
+from lightning_sgm.networks.ddpm import DDPM
 from lightning_sgm.networks.huggingface import HuggingFaceMaskedLM
 from lightning_sgm.networks.masked_transformer import MaskedTransformer
 from lightning_sgm.networks.mlp import MLP
+from lightning_sgm.networks.ncsnpp import NCSNpp
 from lightning_sgm.networks.unet import UNet
+from lightning_sgm.networks.wide_resnet import WideResNet
 
-__all__ = ["MLP", "HuggingFaceMaskedLM", "MaskedTransformer", "Network", "Spec", "TokenNetwork", "UNet", "build"]
+__all__ = [
+    "DDPM",
+    "MLP",
+    "HuggingFaceMaskedLM",
+    "MaskedTransformer",
+    "NCSNpp",
+    "Network",
+    "Spec",
+    "TokenNetwork",
+    "UNet",
+    "WideResNet",
+    "build",
+]

@@ -22,9 +22,11 @@ class Network(nn.Module):
     Attributes:
         conditions: names of the batch entries which are passed on as keywords; set on the class, or on the instance
             where it depends on constructor arguments.
+        classes: K of a network that takes the class ``label``, whose null class is K; 0 otherwise.
     """
 
     conditions: tuple[str, ...] = ()
+    classes: int = 0
 
 
 class TokenNetwork(Network):
@@ -49,3 +51,26 @@ def entry(spec: Spec, key: str, user: str) -> Any:
             f"entry: choose other data or another network"
         )
     return spec[key]
+
+
+def image_sides(spec: Spec, levels: int, user: str) -> list[tuple[int, int]]:
+    """(height, width) of the data's images at each level of a pyramid, every level half of the one before.
+
+    Raises:
+        ValueError: if the data are no images or a side cannot be halved as often.
+    """
+    shape, factor = entry(spec, "shape", user), 2 ** (levels - 1)
+    if len(shape) != 3 or shape[1] % factor or shape[2] % factor:
+        raise ValueError(
+            f"a {user} of {levels} levels needs image sides divisible by {factor}, got shape {list(shape)}: "
+            f"give channels for fewer levels or resize the images"
+        )
+    return [(shape[1] >> i, shape[2] >> i) for i in range(levels)]
+
+
+def class_count(spec: Spec, conditional: bool) -> int:
+    """Number of classes a network is to know: that of the data, or 0 without ``conditional``."""
+    classes = int(spec.get("classes", 0)) if conditional else 0
+    if conditional and not classes:
+        raise ValueError("conditional is true but the data have no classes: drop it or choose labelled data")
+    return classes

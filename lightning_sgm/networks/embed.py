@@ -32,7 +32,7 @@ class SinusoidalEmbedding(nn.Module):
     def forward(self, label: Tensor) -> Tensor:
         """(B,) to (B, width)."""
         steps = torch.arange(self.width // 2, dtype=torch.float64, device=label.device)
-        return _sin_cos(label, torch.exp(-math.log(self.period) / (self.width // 2 - self.shift) * steps))
+        return sin_cos(label, torch.exp(-math.log(self.period) / (self.width // 2 - self.shift) * steps))
 
 
 class FourierEmbedding(nn.Module):
@@ -56,7 +56,7 @@ class FourierEmbedding(nn.Module):
 
     def forward(self, label: Tensor) -> Tensor:
         """(B,) to (B, width)."""
-        return _sin_cos(label, 2 * torch.pi * self.frequencies)
+        return sin_cos(label, 2 * torch.pi * self.frequencies)
 
 
 def label_embedding(kind: EmbeddingKind, width: int, fourier_scale: float = 1.0) -> nn.Module:
@@ -116,8 +116,11 @@ class Rotary(nn.Module):
         return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def _sin_cos(label: Tensor, frequencies: Tensor) -> Tensor:
-    """Sines and cosines of the products, computed in float32 or better and returned in a floating label's type."""
+def sin_cos(label: Tensor, frequencies: Tensor) -> Tensor:
+    """Sines, then cosines of the products, (B, 2 F), of labels (B,) and frequencies (F,).
+
+    Computed in float32 or better and returned in a floating label's type.
+    """
     dtype = torch.promote_types(label.dtype, torch.float32)
     angles = label.to(dtype)[:, None] * frequencies.to(dtype)
     return torch.cat([angles.sin(), angles.cos()], -1).to(label.dtype if label.is_floating_point() else dtype)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_sgm.networks.base import Network, Spec, entry
+from lightning_sgm.networks.base import Network, Spec, class_count, entry, image_sides
 from lightning_sgm.networks.embed import EmbeddingKind, label_embedding
 
 
@@ -57,10 +57,8 @@ class UNet(Network):
 
         super().__init__()
         shape = entry(spec, "shape", "UNet")
-        sides = _sides(shape, channels)
-        self.classes = int(spec.get("classes", 0)) if conditional else 0
-        if conditional and not self.classes:
-            raise ValueError("conditional is true but the data have no classes: drop it or choose labelled data")
+        sides = image_sides(spec, len(channels), "UNet")
+        self.classes = class_count(spec, conditional)
         self.conditions = ("label",) if conditional else ()
         kinds = ["Attn" if height in attention else "" for height, _ in sides]
         groups = _groups(channels)
@@ -91,17 +89,6 @@ class UNet(Network):
         if self.classes and label is None:
             label = torch.full_like(noise, self.classes, dtype=torch.int64)
         return self.model(x, noise, class_labels=label, return_dict=False)[0]
-
-
-def _sides(shape: Sequence[int], channels: Sequence[int]) -> list[tuple[int, int]]:
-    """(height, width) of each level."""
-    factor = 2 ** (len(channels) - 1)
-    if len(shape) != 3 or shape[1] % factor or shape[2] % factor:
-        raise ValueError(
-            f"a UNet of {len(channels)} levels needs image sides divisible by {factor}, got shape {list(shape)}: "
-            f"give channels for fewer levels or resize the images"
-        )
-    return [(shape[1] >> i, shape[2] >> i) for i in range(len(channels))]
 
 
 def _groups(channels: Sequence[int]) -> int:

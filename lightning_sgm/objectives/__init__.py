@@ -1,6 +1,7 @@
 """Training losses: they draw times or masks and return named values per example."""
 
 from lightning_sgm.objectives.denoising import (
+    ChainTimes,
     DenoisingObjective,
     EDMWeight,
     LikelihoodWeight,
@@ -17,6 +18,7 @@ from lightning_sgm.objectives.denoising import (
 from lightning_sgm.objectives.masked import MaskedObjective
 
 __all__ = [
+    "ChainTimes",
     "DenoisingObjective",
     "EDMWeight",
     "LikelihoodWeight",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_sgm.denoiser import BaseDenoiser
+from lightning_sgm.processes.chains import as_chain
 from lightning_sgm.processes.gaussian import GaussianProcess, Level, as_time, match
 from lightning_sgm.random import Draw
 
@@ -46,6 +47,30 @@ class UniformTime(Times):
         """(count,) float64 times."""
         t_min = process.t_min if self.t_min is None else self.t_min
         return t_min + (1.0 - t_min) * _uniform(count, draw, self.stratified)
+
+
+class ChainTimes(Times):
+    """The times of a discrete chain's indices, all equally often: discrete training.
+
+    With :class:`NoiseWeight` this is the DDPM loss (Ho et al. 2020, eq. 14) under a :class:`DDPMChain` and the SMLD
+    loss (Song and Ermon 2019), there with reduction "half_sum" in Song et al.'s code, under a :class:`SMLDChain`.
+
+    Args:
+        stratified: see :class:`UniformTime`.
+    """
+
+    def __init__(self, stratified: bool = True) -> None:
+        self.stratified = stratified
+
+    def __call__(self, process: GaussianProcess, count: int, draw: Draw) -> Tensor:
+        """(count,) float64 times.
+
+        Raises:
+            ValueError: the process is no discrete chain.
+        """
+        chain = as_chain(process, "ChainTimes")
+        index = (_uniform(count, draw, self.stratified) * chain.steps).long()
+        return chain.time(index.clamp_max(chain.steps - 1))
 
 
 class LogNormalRatio(Times):

@@ -54,9 +54,11 @@ class GaussianProcess:
 
     Attributes:
         t_min: smallest time at which training and sampling look (the eps of Song et al. 2021, appendix C).
+        chain_step: time of one step of the discrete chain that the process stands for, 1 / 1000 in that paper.
     """
 
     t_min: float = 1e-5
+    chain_step: float = 1e-3
 
     def alpha(self, t: Tensor) -> Tensor:
         """Scale of the data at time t (float64, any shape)."""

@@ -179,7 +179,7 @@ def test_sets_that_are_not_there(tmp_path, dataset, monkeypatch):
         ({"size": 0}, "size must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
         ({"channels": 2}, "channels must be 1 or 3, got 2"),
-        ({"val_path": "x"}, "val_path, test_path and channels belong to a path"),
+        ({"val_path": "x"}, "val_path, test_path, channels and crop belong"),
         ({"path": "x", "dataset": "mnist"}, "give dataset or path, not both: got mnist and x"),
         ({"val_fraction": -0.1}, "must be above 0"),
     ],

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_sgm.denoiser import Denoiser, EDMPreconditioning, GaussianMixtureDenoiser, Preconditioning
 from lightning_sgm.objectives.denoising import (
+    ChainTimes,
     DenoisingObjective,
     EDMWeight,
     LikelihoodWeight,
@@ -20,6 +21,7 @@ from lightning_sgm.objectives.denoising import (
     VWeight,
     Weight,
 )
+from lightning_sgm.processes.chains import DDPMChain, SMLDChain
 from lightning_sgm.processes.gaussian import EDM, VE, VP, Cosine, Flow, SubVP
 from lightning_sgm.random import Draw
 
@@ -320,6 +322,70 @@ def test_exact_times_of_an_example_have_the_law(law):
         assert float((t[:, row].sort().values - expected).abs().mean()) < 0.01
 
 
+# Discrete training.
+
+
+@pytest.mark.parametrize("stratified", [True, False])
+@pytest.mark.parametrize("chain", [DDPMChain(25), SMLDChain(25)], ids=["DDPM", "SMLD"])
+def test_chain_times_are_its_indices_equally_often(chain, stratified):
+    t = ChainTimes(stratified)(chain, 5000, Draw(1))
+    index = chain.index(t)
+    assert torch.equal(chain.time(index.long()), t)
+    counts = torch.bincount(index.long(), minlength=25).double()
+    # Strata of a fifth of a cell; chi squared with 24 degrees, p = 1e-4.
+    assert float((counts - 200).abs().max()) <= 1 if stratified else float(((counts - 200) ** 2 / 200).sum()) < 61
+
+
+def test_the_last_index_is_the_largest():
+    u = torch.tensor([0.0, 0.5, 1.0 - 2.0**-53]).double()
+    assert ChainTimes(stratified=False)(DDPMChain(30), 3, Independent(u)).tolist() == [1 / 30, 16 / 30, 1.0]
+
+
+class Labelled(nn.Module):
+    """Depends on its label, and keeps it."""
+
+    def forward(self, x, label, /):
+        self.label = label
+        return torch.sin(3 * x) + 0.01 * label[:, None]
+
+
+def test_ddpm_loss_is_its_formula():
+    # score_sde.md 2.3: mean of (network(sqrt(abar_i) x_0 + sqrt(1 - abar_i) z, i) - z)^2.
+    chain, network, x0, draw = DDPMChain(40), Labelled(), normal_data(64, 0.5), Draw(2)
+    found = DenoisingObjective(ChainTimes())(Denoiser(network, chain, Preconditioning("noise", "index")), x0, draw)
+    index = network.label.long()
+    assert torch.equal(index.double(), network.label)
+    kept = (1 - torch.linspace(0.1 / 40, 20 / 40, 40, dtype=torch.float64)).cumprod(0)[index][:, None]
+    repeat = Draw(2)
+    ChainTimes()(chain, 64, repeat)
+    noise = repeat.normal(x0.shape, torch.float64)
+    error = network(kept.sqrt() * x0 + (1 - kept).sqrt() * noise, network.label) - noise
+    torch.testing.assert_close(found["loss"], error.square().mean(1))
+
+
+def test_smld_loss_is_its_formula():
+    # score_sde.md 2.3: half the sum of (s(x_0 + sigma_i z, i) + z / sigma_i)^2 sigma_i^2, s = network / sigma_i.
+    chain, network, x0 = SMLDChain(40, 0.01, 50.0), Labelled(), normal_data(64, 0.5)
+    objective = DenoisingObjective(ChainTimes(), reduction="half_sum")
+    found = objective(Denoiser(network, chain, Preconditioning("scaled_score", "index")), x0, Draw(2))
+    label = network.label.long()
+    sigma = torch.logspace(math.log10(50), -2, 40, dtype=torch.float64)[label][:, None]  # label 0 is the largest
+    repeat = Draw(2)
+    ChainTimes()(chain, 64, repeat)
+    noise = repeat.normal(x0.shape, torch.float64)
+    error = network(x0 + sigma * noise, network.label) / sigma + noise / sigma
+    torch.testing.assert_close(found["loss"], 0.5 * (error.square() * sigma**2).sum(1))
+
+
+@pytest.mark.parametrize("chain", [DDPMChain(), SMLDChain()], ids=["DDPM", "SMLD"])
+def test_optimal_discrete_loss(chain):
+    level = chain.level(chain.time(torch.arange(1000)))
+    signal = (0.5 * level.alpha) ** 2
+    optimum = float((signal / (signal + level.sigma**2)).mean())
+    loss = DenoisingObjective(ChainTimes())(exact(chain, 0.5), normal_data(20000, 0.5), Draw(1))["loss"]
+    assert abs(float(loss.mean()) - optimum) < 3 * float(loss.std()) / math.sqrt(20000)
+
+
 # The objective as a whole.
 
 
@@ -403,6 +469,7 @@ def test_bases_must_be_filled_in():
         (lambda: EDMWeight(0.0), "sigma_data must be positive"),
         (lambda: MinSNR(0.0), "gamma must be positive"),
         (lambda: DenoisingObjective(reduction="sum"), "mean or half_sum"),  # type: ignore[arg-type]
+        (lambda: ChainTimes()(SubVP(), 2, Draw(0)), "SubVP is none: .* sub-VP has no discrete form"),
         (lambda: UniformLogSNR()(Flow(), 2, Draw(0)), "Flow has -inf to inf"),
         (lambda: UniformLogSNR()(Cosine(), 2, Draw(0)), "must be finite levels"),
         (lambda: UniformLogSNR(2.0, 1.0)(VP(), 2, Draw(0)), "one below the other"),
