@@ -21,7 +21,8 @@ ALLOWED = {
     "networks": {"random"},
     "denoiser": FOUNDATION,
     "codecs": FOUNDATION,
-    "guidance": MODELS,
+    # A classifier that guides is given as a checkpoint.
+    "guidance": MODELS | {"io.checkpoint"},
     "objectives": MODELS | {"guidance"},
     "samplers": MODELS | {"guidance"},
     "likelihood": MODELS | {"guidance", "samplers"},
@@ -40,8 +41,9 @@ ALLOWED = {
     "__main__": {"cli", "recipes"},
     "__init__": {"methods", "networks", "trainer", "io"},
 }
-SHORT_NAMES = {"methods", "metrics", "networks", "objectives", "processes", "samplers"}
-HEAVY = {"diffusers", "sklearn", "transformers", "tokenizers", "matplotlib", "pyarrow", "scipy", "networkx", "datasets"}
+SHORT_NAMES = {"guidance", "methods", "metrics", "networks", "objectives", "processes", "samplers"}
+HEAVY = {"diffusers", "sklearn", "transformers", "tokenizers", "matplotlib", "pyarrow", "scipy", "torchdiffeq"}
+HEAVY |= {"networkx", "datasets"}
 
 
 def imports(tree):

@@ -2,9 +2,11 @@
 
 from lightning_sgm.samplers.diffusers import DiffusersRule
 from lightning_sgm.samplers.evaluation import Evaluation
-from lightning_sgm.samplers.grids import Grid, Karras, LogUniform, UniformTime
-from lightning_sgm.samplers.hooks import Clamp, Hook, Langevin
+from lightning_sgm.samplers.grids import ChainGrid, Grid, Karras, LogUniform, UniformTime
+from lightning_sgm.samplers.hooks import AnnealedLangevin, Clamp, Hook, Langevin
+from lightning_sgm.samplers.known import Replacement
 from lightning_sgm.samplers.loop import Sampler
+from lightning_sgm.samplers.ode import ODESampler, slerp
 from lightning_sgm.samplers.rules import (
     Ancestral,
     DPMpp2M,
@@ -13,11 +15,14 @@ from lightning_sgm.samplers.rules import (
     Heun,
     ReverseDiffusion,
     Rule,
+    Stay,
 )
 from lightning_sgm.samplers.unmasking import UnmaskingSampler
 
 __all__ = [
     "Ancestral",
+    "AnnealedLangevin",
+    "ChainGrid",
     "Clamp",
     "DPMpp2M",
     "DiffusersRule",
@@ -30,9 +35,13 @@ __all__ = [
     "Karras",
     "Langevin",
     "LogUniform",
+    "ODESampler",
+    "Replacement",
     "ReverseDiffusion",
     "Rule",
     "Sampler",
+    "Stay",
     "UniformTime",
     "UnmaskingSampler",
+    "slerp",
 ]

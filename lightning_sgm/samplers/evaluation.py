@@ -51,7 +51,7 @@ def is_clean(level: Levels) -> bool:
 
 
 class Evaluation:
-    """``evaluate(x, level) -> x0`` for one run: one joint network evaluation, counted.
+    """``evaluate(x, level) -> x0`` for one run: one joint answer of the denoiser, its network evaluations counted.
 
     The last answer is remembered: asking again about the same state object at the same level is free, so whoever
     changes a state makes a new tensor.
@@ -62,7 +62,7 @@ class Evaluation:
 
     Attributes:
         process: the denoiser's process, for rules and hooks that need its drift, transition or posterior.
-        count: evaluations of the denoiser so far.
+        count: network evaluations so far, per sample: the denoiser's ``cost`` for each answer, 1 where it has none.
     """
 
     def __init__(self, denoiser: BaseDenoiser, conditions: Mapping[str, Tensor] | None = None) -> None:
@@ -77,7 +77,7 @@ class Evaluation:
         t = first(level).t
         if self._last is None or self._last[0] is not x or self._last[1] != float(t):
             self._last = (x, float(t), self._denoiser.x0(x, t, **self._conditions))
-            self.count += 1
+            self.count += getattr(self._denoiser, "cost", 1)
         return self._last[2]
 
     def noise_like(self, x: Any, draw: Draw) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sgm.processes.chains import as_chain
 from lightning_sgm.processes.gaussian import GaussianProcess
 from lightning_sgm.samplers.evaluation import Processes, first, level_at
 
@@ -105,3 +106,27 @@ class Karras(Grid):
         """Times of (high^(1 / rho) + share (low^(1 / rho) - high^(1 / rho)))^rho."""
         low, high = (ratio ** (1.0 / self.rho) for ratio in _reachable(process, self.ratio_min, self.ratio_max))
         return process.t_from_ratio((high + _shares(steps) * (low - high)) ** self.rho).clamp(process.t_min, 1.0)
+
+
+class ChainGrid(Grid):
+    """The levels of a discrete chain's own indices, from its last to index 0: the ancestral samplers' grid.
+
+    A sampler of N steps with finish "clean" visits all N indices and then removes the noise of index 0; one with fewer
+    steps takes as many indices, spread evenly.
+    """
+
+    def times(self, process: GaussianProcess, steps: int) -> Tensor:
+        """Times of ``steps`` + 1 indices.
+
+        Raises:
+            ValueError: the process is no discrete chain, or has not so many indices.
+        """
+        chain = as_chain(process, "ChainGrid")
+        if steps >= chain.steps:
+            raise ValueError(
+                f"ChainGrid cannot visit {steps + 1} levels of a chain of {chain.steps}: a sampler with finish "
+                f"clean has at most {chain.steps} steps, one with finish mean or state one fewer"
+            )
+        last = chain.steps - 1
+        # Integer arithmetic, rounded to the nearest index.
+        return torch.stack([chain.time(last - (2 * k * last + steps) // max(1, 2 * steps)) for k in range(steps + 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -27,10 +28,10 @@ class Hook:
 class Langevin(Hook):
     """Langevin corrector: steps x + e score + sqrt(2 e) z at a fixed level (Song et al. 2021, algorithms 4 and 5).
 
-    The step is e = 2 a (snr |z| / |score|)^2. Their code's factor a is 1 for VE and 1 - beta(t) / 1000 for VP, and
-    missing for sub-VP; here it is the squared scale of the process's transition over 1 / 1000 of time, which is all
-    three. One evaluation a step; nothing where no noise is left. Before the rule, as in their code, or after it, as in
-    their algorithm 1.
+    The step is e = 2 a (snr |z| / |score|)^2. Their code's factor a is 1 for VE and 1 - beta_i for VP, and missing for
+    sub-VP; here it is the squared scale of the process's transition over one step of its chain (1 / 1000 of time for
+    continuous processes), which is all three. One evaluation a step; nothing where no noise is left. Before the rule,
+    as in their code, or after it, as in their algorithm 1.
 
     A step that depends on the sample's own norms is not exactly Langevin's: the variance becomes too large by a share
     of about 4 / D for D values per sample with norm="sample", 2 / D with "dimension", and snr^2 with any.
@@ -44,31 +45,18 @@ class Langevin(Hook):
     """
 
     def __init__(self, snr: float = 0.16, steps: int = 1, norm: Norm = "sample", scale: Scale = "chain") -> None:
-        if snr <= 0 or steps < 1:
-            raise ValueError(f"Langevin needs snr > 0 and steps >= 1, got {snr} and {steps}")
-        if norm not in ("sample", "batch", "dimension") or scale not in ("chain", "marginal"):
-            raise ValueError(
-                f"norm of Langevin must be sample, batch or dimension and scale chain or marginal, "
-                f"got {norm!r} and {scale!r}"
-            )
+        _check(self, snr, steps, scale)
+        if norm not in ("sample", "batch", "dimension"):
+            raise ValueError(f"norm of Langevin must be sample, batch or dimension, got {norm!r}")
         self.snr, self.steps = snr, steps
         self.norm: Norm = norm
         self.scale: Scale = scale
 
     def __call__(self, evaluate: Evaluation, x: Any, level: Levels, draw: Draw) -> Any:
         """``steps`` steps, jointly for all components; see :class:`Hook`."""
-        if is_clean(level):
-            return x
-        for _ in range(self.steps):
-            x0 = evaluate(x, level)
-            x = per_component(self._step, x, x0, evaluate.noise_like(x, draw), evaluate.process, level)
-        return x
+        return _repeat(self.steps, self._step, evaluate, x, level, draw)
 
     def _step(self, x: Tensor, x0: Tensor, noise: Tensor, process: GaussianProcess, level: Level) -> Tensor:
-        if self.scale == "chain":
-            factor = process.transition(process.level((level.t - 1e-3).clamp_min(0.0)), level)[0] ** 2
-        else:
-            factor = level.alpha**2
         estimate = noise_estimate(x, x0, level)
         size = estimate.reshape(len(x), -1).norm(dim=1)
         reach = torch.full_like(size, (x[0].numel()) ** 0.5)
@@ -77,8 +65,66 @@ class Langevin(Hook):
         if self.norm == "batch":
             size, reach = size.mean(), reach.mean()
         # In units of sigma, score = -estimate / sigma. An untrained network may answer exactly 0: no step then.
-        root = torch.where(size > 0, self.snr * reach / size, 0.0) * torch.sqrt(2.0 * factor)
-        return x - match(root**2, x) * level.sigma * estimate + match(2.0**0.5 * root, x) * level.sigma * noise
+        root = torch.where(size > 0, self.snr * reach / size, 0.0) * torch.sqrt(
+            2.0 * _scale(self.scale, process, level)
+        )
+        return _move(x, estimate, noise, level, root)
+
+
+class AnnealedLangevin(Hook):
+    """Langevin steps of a size that only the noise level sets: e = 2 a (snr sigma)^2 (Song and Ermon 2019).
+
+    The "ald" corrector of Song et al.'s code, kept for completeness; alone it needs many steps (score_sde.md 2.4).
+
+    Args:
+        snr: r, > 0.
+        steps: M >= 1 steps per level.
+        scale: the factor a, see :class:`Langevin`.
+    """
+
+    def __init__(self, snr: float = 0.16, steps: int = 1, scale: Scale = "chain") -> None:
+        _check(self, snr, steps, scale)
+        self.snr, self.steps = snr, steps
+        self.scale: Scale = scale
+
+    def __call__(self, evaluate: Evaluation, x: Any, level: Levels, draw: Draw) -> Any:
+        """``steps`` steps, jointly for all components; see :class:`Hook`."""
+        return _repeat(self.steps, self._step, evaluate, x, level, draw)
+
+    def _step(self, x: Tensor, x0: Tensor, noise: Tensor, process: GaussianProcess, level: Level) -> Tensor:
+        root = self.snr * torch.sqrt(2.0 * _scale(self.scale, process, level))
+        return _move(x, noise_estimate(x, x0, level), noise, level, root)
+
+
+def _check(hook: Hook, snr: float, steps: int, scale: str) -> None:
+    if snr <= 0 or steps < 1 or scale not in ("chain", "marginal"):
+        raise ValueError(
+            f"{type(hook).__name__} needs snr > 0, steps >= 1 and scale chain or marginal, got {snr}, {steps} and "
+            f"{scale!r}"
+        )
+
+
+def _repeat(steps: int, step: Callable[..., Tensor], evaluate: Evaluation, x: Any, level: Levels, draw: Draw) -> Any:
+    """``steps`` Langevin steps of a state and all its components; none where no noise is left."""
+    if is_clean(level):
+        return x
+    for _ in range(steps):
+        x0 = evaluate(x, level)
+        x = per_component(step, x, x0, evaluate.noise_like(x, draw), evaluate.process, level)
+    return x
+
+
+def _scale(kind: Scale, process: GaussianProcess, level: Level) -> Tensor:
+    """The factor a of a Langevin step."""
+    if kind == "marginal":
+        return level.alpha**2
+    before = process.level((level.t - process.chain_step).clamp_min(0.0))
+    return process.transition(before, level)[0] ** 2
+
+
+def _move(x: Tensor, estimate: Tensor, noise: Tensor, level: Level, root: Tensor) -> Tensor:
+    """x + e score + sqrt(2 e) z with e = (root sigma)^2, for the estimated noise -sigma score."""
+    return x - match(root**2, x) * level.sigma * estimate + match(2.0**0.5 * root, x) * level.sigma * noise
 
 
 class Clamp(Hook):

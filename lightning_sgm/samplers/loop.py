@@ -9,9 +9,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_sgm.denoiser import BaseDenoiser
-from lightning_sgm.processes.gaussian import CLEAN, Level
+from lightning_sgm.processes.gaussian import CLEAN
 from lightning_sgm.random import Draw
-from lightning_sgm.samplers.evaluation import Evaluation, Processes, per_component
+from lightning_sgm.samplers.evaluation import Evaluation, Levels, Processes, per_component
 from lightning_sgm.samplers.grids import Grid, Karras
 from lightning_sgm.samplers.hooks import Hook
 from lightning_sgm.samplers.rules import Heun, Rule
@@ -36,7 +36,7 @@ class Sampler:
             same with noise, a sample of the process at the grid's last level.
 
     Attributes:
-        evaluations: evaluations of the denoiser in the last call, per sample.
+        evaluations: network evaluations in the last call, per sample (guidance counts what it asks).
     """
 
     def __init__(
@@ -105,10 +105,11 @@ class Sampler:
 
     def prior(self, process: Processes, shape: Shape | None, draw: Draw) -> Any:
         """Start noise N(0, sigma^2 I) at the first level, to be given as ``start`` where it has a source of its own."""
-        if shape is None:
-            raise ValueError("a sampler needs the shape of its samples, or their start")
+        return start_noise(self.levels(process)[0], shape, draw)
 
-        def noise(shape: tuple[int, ...], level: Level) -> Tensor:
-            return level.sigma * draw.normal(shape)
 
-        return per_component(noise, shape, self.levels(process)[0])
+def start_noise(level: Levels, shape: Shape | None, draw: Draw) -> Any:
+    """Noise N(0, sigma^2 I) of ``shape`` at ``level``, or a dict of it."""
+    if shape is None:
+        raise ValueError("a sampler needs the shape of its samples, or their start")
+    return per_component(lambda shape, level: level.sigma * draw.normal(shape), shape, level)

@@ -6,7 +6,7 @@ passed in and out, so a step can be repeated or skipped. All of them work for ev
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -185,7 +185,17 @@ def _extrapolate(x0: Tensor, last_x0: Tensor, last: Level, level: Level, target:
 
 
 class Ancestral(Rule):
-    """Draw from the process's posterior p(x_s | x_t, x_0) at the estimated x_0 (Ho et al. 2020, 2006.11239, alg. 2)."""
+    """Draw from the process's posterior p(x_s | x_t, x_0) at the estimated x_0 (Ho et al. 2020, 2006.11239, alg. 2).
+
+    Args:
+        noise: standard deviation of the draw: the "posterior"'s own, or the forward "transition"'s, sqrt(beta_i) of
+            DDPM (their other choice; Song et al.'s code for VP, while they take the posterior's for VE).
+    """
+
+    def __init__(self, noise: Literal["posterior", "transition"] = "posterior") -> None:
+        if noise not in ("posterior", "transition"):
+            raise ValueError(f"noise of Ancestral must be posterior or transition, got {noise!r}")
+        self.noise: Literal["posterior", "transition"] = noise
 
     def __call__(
         self, evaluate: Evaluation, x: Any, level: Levels, target: Levels, draw: Draw, memory: Any
@@ -196,10 +206,22 @@ class Ancestral(Rule):
             return x0, x0, memory
 
         def posterior(x0: Tensor, x: Tensor, process: GaussianProcess, level: Level, target: Level) -> tuple[Any, ...]:
-            return process.posterior(x0, x, level, target)
+            mean, std = process.posterior(x0, x, level, target)
+            return mean, std if self.noise == "posterior" else process.transition(target, level)[1]
 
         mean, std = per_component(posterior, x0, x, evaluate.process, level, target)
         return _add_noise(evaluate, mean, std, draw), mean, memory
+
+
+class Stay(Rule):
+    """No predictor: the state stays as it is and only hooks move it (Song and Ermon 2019: corrector-only sampling)."""
+
+    def __call__(
+        self, evaluate: Evaluation, x: Any, level: Levels, target: Levels, draw: Draw, memory: Any
+    ) -> tuple[Any, Any, Any]:
+        """The state itself, or x_0 where no noise is left; see :class:`Rule`."""
+        x = evaluate(x, level) if is_clean(target) else x
+        return x, x, memory
 
 
 class EulerMaruyama(Rule):
