@@ -31,7 +31,8 @@ class Invocation:
 
     Attributes:
         command: fit, validate, test or predict.
-        configs: recipe files, in order.
+        configs: recipe files, in order, each behind those it builds on.
+        recipe: the first of them that the user gave, after which runs are named.
         options: everything else, in order.
         checkpoint: checkpoint file to start from, if any.
         continues: whether the command goes on with the run that the checkpoint belongs to, or judges it. Then its
@@ -43,6 +44,7 @@ class Invocation:
 
     command: str
     configs: list[str] = field(default_factory=list)
+    recipe: Path | None = None
     options: list[str] = field(default_factory=list)
     checkpoint: Path | None = None
     continues: bool = False
@@ -121,10 +123,16 @@ def prepare(argv: list[str]) -> Invocation:
     return invocation
 
 
-def _add_config(invocation: Invocation, name: str) -> None:
+def _add_config(invocation: Invocation, name: str, above: tuple[Path, ...] = ()) -> None:
+    """Add a recipe behind the one that it names as its ``base``; ``above`` are those that led here."""
     path = find(name)
-    invocation.configs.append(str(path))
+    if path in above:
+        raise UsageError(f"{path} is its own base: {' -> '.join(map(str, [*above, path]))}")
+    invocation.recipe = invocation.recipe or path
     values = _read_recipe(path)
+    if base := values.get("base"):
+        _add_config(invocation, str(base), (*above, path))
+    invocation.configs.append(str(path))
     invocation.allow += _named_packages([yaml.safe_dump(values)])
     trainer = values.get("trainer")
     if isinstance(trainer, dict) and trainer.get("run_dir"):
@@ -179,7 +187,7 @@ def _family(invocation: Invocation) -> Path:
     given = _option(invocation.options, "--trainer.run_dir") or invocation.run_dir
     if given:
         return Path(given)
-    recipe = Path(invocation.configs[0]) if invocation.configs else Path("run")
+    recipe = invocation.recipe or Path("run")
     own = recipe.name == "config.yaml" and recipe.parent.name.startswith("version_")
     return recipe.parent.parent if own else Path("runs") / recipe.stem
 

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import datamodules  # noqa: F401  (short class names on the command line)
-from lightning_sgm import methods, networks, objectives, samplers  # noqa: F401
+from lightning_sgm import guidance, methods, networks, objectives, samplers  # noqa: F401
 from lightning_sgm.arguments import Invocation, UsageError, prepare
 from lightning_sgm.callbacks import EMA, Checkpoints, Compile, SampleLogger
 from lightning_sgm.io.checkpoint import foreign_name
@@ -60,6 +60,7 @@ class CLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """As Lightning's, but sampling works without data: their spec is in the checkpoint."""
+        parser.add_argument("--base", type=str | None, default=None, help="recipe that a recipe builds on")
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True)
         parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True, required=False)
@@ -107,10 +108,11 @@ class CLI(LightningCLI):
         folder = self.trainer.log_dir  # asks all processes
         if folder and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = os.path.normpath(folder)
+            following = "predict" if self.model.can_sample else "test"
             print(
                 f"run: {folder} (config.yaml, checkpoints/, samples/, metrics.csv)\n"
                 f"look: tensorboard --logdir {folder}\n"
-                f"next: python -m lightning_sgm predict --ckpt_path {folder}/checkpoints/last.ckpt{self._trust()}"
+                f"next: python -m lightning_sgm {following} --ckpt_path {folder}/checkpoints/last.ckpt{self._trust()}"
             )
 
 

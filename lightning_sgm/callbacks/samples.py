@@ -34,6 +34,8 @@ class SampleLogger(Callback):
     ``samples/evaluations`` logs how many network evaluations a sample took. The training is not changed by looking.
     The method's other :meth:`~lightning_sgm.methods.base.GenerativeModule.pictures` follow under their own names.
 
+    Nothing is drawn from a method without samples, such as a classifier.
+
     Only the first process draws while the others wait, unless parameters are sharded: then all draw, one writes.
 
     Args:
@@ -70,6 +72,8 @@ class SampleLogger(Callback):
 
     def _draw(self, trainer: Trainer, module: GenerativeModule) -> None:
         self._drawn = step = updates(trainer, module)
+        if not module.can_sample:
+            return
         if not trainer.is_global_zero and not isinstance(trainer.strategy, _SHARDED):
             return
         with untimed(trainer):
@@ -101,20 +105,20 @@ class PredictionWriter(Callback):
     ``samples.txt`` and says where they are. Samples in a folder that other nodes cannot see are left out there.
 
     Args:
-        folder: where to write; by default ``predictions`` in the run's folder.
+        folder: where to write; by default ``predictions`` in the run's folder, or ``restored`` for samples that
+            complete something (those with a ``before``), which may have been read from ``predictions``.
         writer: how they are written; by default as the data specification says.
     """
 
     def __init__(self, folder: str | None = None, writer: Writer | None = None) -> None:
         self.folder = folder
         self.writer = writer
-        self._folder = Path()
+        self._run, self._folder = Path(), Path()
         self._files: dict[int, Path] = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the folder (every process must ask for it)."""
-        default = _run_folder(trainer) / "predictions"
-        self._folder = default if self.folder is None else Path(self.folder)
+        """Find the run's folder (every process must ask for it)."""
+        self._run = _run_folder(trainer)
         self._files = {}
 
     def on_predict_batch_end(
@@ -127,6 +131,8 @@ class PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the samples ``outputs["x"]`` under their numbers ``outputs["index"]``."""
+        default = self._run / ("restored" if "before" in outputs else "predictions")
+        self._folder = default if self.folder is None else Path(self.folder)
         files = self._writer(pl_module).save_each(outputs, self._folder)
         self._files |= dict(zip(outputs["index"].tolist(), files, strict=True))
 

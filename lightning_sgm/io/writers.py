@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lightning_sgm.io.files import atomic_write
 
 Batch = dict[str, Tensor]
+_GAP, _LINE = 2, 255  # width and gray level of the lines inside a panel
 
 
 class Writer(ABC):
@@ -25,7 +26,7 @@ class Writer(ABC):
 
     Every method takes a batch whose ``x`` holds the samples and whose ``index``, if there, numbers them (otherwise
     they are numbered from 0). A writer knows how data look, not where they come from; ``writer_for`` builds the one
-    that a data specification asks for.
+    that a data specification asks for. What else is in the batch is shown or not, as suits the kind of data.
     """
 
     @abstractmethod
@@ -34,11 +35,15 @@ class Writer(ABC):
 
     @abstractmethod
     def save_each(self, batch: Batch, folder: Path) -> list[Path]:
-        """Write one file per sample, named by its number (``000012.png``), into ``folder``; returns them in order."""
+        """Write one file per sample, named by its number (``000012.png``), into ``folder``.
+
+        Returns:
+            For every sample, in order, the file that :meth:`collect` is to show: its own, or one that holds it too.
+        """
 
     @abstractmethod
     def collect(self, files: Sequence[Path], stem: Path) -> list[Path]:
-        """Write the overview of samples that ``save_each`` wrote, perhaps in other processes, in the given order."""
+        """Write the overview of the files that ``save_each`` returned, perhaps in other processes, in that order."""
 
     @abstractmethod
     def log(self, logger: Logger, tag: str, batch: Batch, step: int) -> None:
@@ -48,7 +53,8 @@ class Writer(ABC):
 class ImageWriter(Writer):
     """Images as PNG: single files pixel by pixel, overviews as a square grid of tiles enlarged to be visible.
 
-    One channel is written as gray, three as colour; any other number as gray channels side by side.
+    One channel is written as gray, three as colour; any other number as gray channels side by side. A batch that has
+    ``before`` (what was known of each sample), and perhaps ``truth``, is shown in panels: before, sample, truth.
 
     Args:
         low: value shown as black; lower ones and NaN too.
@@ -67,12 +73,16 @@ class ImageWriter(Writer):
 
     def save(self, batch: Batch, stem: Path) -> list[Path]:
         """One grid, row by row, as ``stem.png``."""
-        return [self._write(self._grid(self._pixels(batch["x"])), _with_suffix(stem, ".png"))]
+        return [self._write(self._grid(self._tiles(batch)), _with_suffix(stem, ".png"))]
 
     def save_each(self, batch: Batch, folder: Path) -> list[Path]:
-        """``folder/NUMBER.png`` in the images' own size."""
+        """``folder/NUMBER.png`` in the images' own size; their panels, if any, are ``folder/panels/NUMBER.png``."""
         numbers, pixels = _numbers(batch), self._pixels(batch["x"])
-        return [self._write(image, folder / f"{i:06d}.png") for i, image in zip(numbers, pixels, strict=True)]
+        files = [self._write(image, folder / f"{i:06d}.png") for i, image in zip(numbers, pixels, strict=True)]
+        if "before" not in batch:
+            return files
+        panels = zip(files, self._tiles(batch), strict=True)
+        return [self._write(panel, folder / "panels" / file.name) for file, panel in panels]
 
     def collect(self, files: Sequence[Path], stem: Path) -> list[Path]:
         """The grid of the first images as ``stem.png``."""
@@ -89,7 +99,14 @@ class ImageWriter(Writer):
     def log(self, logger: Logger, tag: str, batch: Batch, step: int) -> None:
         """One image: the grid."""
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(tag, self._grid(self._pixels(batch["x"])), step)
+            logger.experiment.add_image(tag, self._grid(self._tiles(batch)), step)
+
+    def _tiles(self, batch: Batch) -> Tensor:
+        """(B, C, H, W) uint8: the samples, or panels of them, enlarged, with what is known and the truth."""
+        if "before" not in batch:
+            return self._pixels(batch["x"])
+        images = [self._enlarge(self._pixels(batch[name])) for name in ("before", "x", "truth") if name in batch]
+        return torch.cat([F.pad(image, (0, _GAP), value=_LINE) for image in images[:-1]] + images[-1:], dim=3)
 
     def _pixels(self, x: Tensor) -> Tensor:
         """(B, C, H, W) float -> (B, 1 or 3, H, W) uint8 on the CPU."""
@@ -103,16 +120,20 @@ class ImageWriter(Writer):
 
     def _grid(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) uint8 -> one (C, height, width) uint8: enlarged tiles on a gray ground."""
-        pixels = pixels[: self.most]
-        scale = max(1, math.ceil(self.tile / max(pixels.shape[2:])))
-        pixels = pixels.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
-        columns = math.ceil(math.sqrt(len(pixels)))
+        pixels = self._enlarge(pixels[: self.most])
+        # Of wide tiles there are fewer in a row.
+        columns = math.ceil(math.sqrt(len(pixels) / max(1, pixels.shape[3] // pixels.shape[2])))
         rows = math.ceil(len(pixels) / columns)
         gap = max(2, max(pixels.shape[2:]) // 32)
         tiles = F.pad(F.pad(pixels, (0, gap, 0, gap), value=128), (0,) * 7 + (rows * columns - len(pixels),), value=128)
         _, channels, height, width = tiles.shape
         grid = tiles.reshape(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
         return F.pad(grid.reshape(channels, rows * height, columns * width), (gap, 0, gap, 0), value=128)
+
+    def _enlarge(self, pixels: Tensor) -> Tensor:
+        """Every pixel repeated until the longer side has ``tile`` pixels."""
+        scale = max(1, math.ceil(self.tile / max(pixels.shape[2:])))
+        return pixels.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
 
     def _write(self, image: Tensor, path: Path) -> Path:
         from PIL import Image

@@ -1,7 +1,9 @@
 """Methods: LightningModules on the shared parts, one file each."""
 
 from lightning_sgm.methods.base import GenerativeModule
+from lightning_sgm.methods.classifier import Classifier
 from lightning_sgm.methods.radd import RADD
 from lightning_sgm.methods.score_sde import ScoreSDE
+from lightning_sgm.methods.tasks import Colourise, Inpaint, Restore, Task
 
-__all__ = ["RADD", "GenerativeModule", "ScoreSDE"]
+__all__ = ["RADD", "Classifier", "Colourise", "GenerativeModule", "Inpaint", "Restore", "ScoreSDE", "Task"]

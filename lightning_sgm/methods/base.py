@@ -36,7 +36,7 @@ class Curve(NamedTuple):
 
 
 class GenerativeModule(LightningModule):
-    """Base of all methods: a subclass builds its parts, gives :meth:`losses` and :meth:`sample`.
+    """Base of all methods: a subclass builds its parts, gives :meth:`losses` and, if it generates, :meth:`sample`.
 
     Args:
         spec: what the data tell the model (shape, vocabulary, ...); linked from the DataModule by the command line.
@@ -89,16 +89,20 @@ class GenerativeModule(LightningModule):
         # Sampling: a process without a share has nothing to do.
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
-    def record(self, arguments: dict[str, Any]) -> None:
+    def record(self, arguments: dict[str, Any], forget: tuple[str, ...] = ()) -> None:
         """Keep the constructor's arguments in checkpoints; call it with ``locals()`` at the end of a constructor.
 
         Under the command line these are class paths and plain values, so a checkpoint alone rebuilds the model. In
         Python only plain values can be kept: ``lightning_sgm.load(path, network=...)`` is then given the parts.
+
+        Args:
+            arguments: of the constructor.
+            forget: those that say what the model is used for now, and are to have their defaults in later commands.
         """
         if _given_hyperparameters.get() is not None:
-            self.save_hyperparameters()
+            self.save_hyperparameters(ignore=forget)
         else:
-            kept = {k: v for k, v in arguments.items() if k not in ("self", "__class__") and _is_plain(v)}
+            kept = {k: v for k, v in arguments.items() if k not in ("self", "__class__", *forget) and _is_plain(v)}
             self.save_hyperparameters({**kept, "_class_path": f"{type(self).__module__}.{type(self).__qualname__}"})
 
     # What a method gives.
@@ -110,6 +114,11 @@ class GenerativeModule(LightningModule):
     def sample(self, indices: Tensor, **conditions: Any) -> Batch:
         """A batch whose "x" holds the samples numbered ``indices`` (n,), each a function of (run seed, number)."""
         raise NotImplementedError
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether the method has a :meth:`sample`: a classifier has not."""
+        return type(self).sample is not GenerativeModule.sample
 
     # Randomness and conditions.
 
@@ -211,12 +220,13 @@ class GenerativeModule(LightningModule):
     def log_terms(self, terms: dict[str, Tensor], stage: str) -> None:
         """Log the means of per-example terms over all examples of an evaluation, on all processes."""
         for name, term in terms.items():
-            if name not in self.means:
-                self.means[name] = ExampleMean().to(self.device)
-            mean = self.means[name]
+            key = name.replace(".", "_")  # modules have no dots in their names
+            if key not in self.means:
+                self.means[key] = ExampleMean().to(self.device)
+            mean = self.means[key]
             assert isinstance(mean, ExampleMean)
             mean.update(term)
-            self.log(f"{stage}/{name}", mean, on_step=False, on_epoch=True, metric_attribute=f"means.{name}")
+            self.log(f"{stage}/{name}", mean, on_step=False, on_epoch=True, metric_attribute=f"means.{key}")
 
     def on_test_start(self) -> None:
         """Metrics are no parts of the model (their feature networks stay out of its checkpoints)."""
@@ -261,6 +271,11 @@ class GenerativeModule(LightningModule):
     def pictures(self) -> dict[str, Batch | Curve]:
         """Further pictures of a model in training by name, drawn where samples are: batches of samples, or curves."""
         return {}
+
+    def on_predict_start(self) -> None:
+        """Refuse what has no samples."""
+        if not self.can_sample:
+            raise ValueError(f"{type(self).__name__} does not sample, so it has nothing to predict: use test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Samples for a batch of sample numbers, ``batch["index"]``."""

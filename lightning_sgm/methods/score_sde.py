@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sgm.denoiser import Denoiser, Preconditioning
+from lightning_sgm.denoiser import BaseDenoiser, Denoiser, Preconditioning
+from lightning_sgm.guidance.classes import ClassifierFree
 from lightning_sgm.methods.base import Batch, Curve, Decay, GenerativeModule
 from lightning_sgm.methods.pictures import denoising_strips, loss_curve
+from lightning_sgm.methods.tasks import Task
 from lightning_sgm.networks.base import Network, Spec, build
 from lightning_sgm.objectives.denoising import DenoisingObjective
 from lightning_sgm.processes.gaussian import VP, GaussianProcess
@@ -31,6 +34,12 @@ class ScoreSDE(GenerativeModule):
         preconditioning: what the network predicts; noise, as for the paper's VP models, by default.
         objective: law of t and weights of the loss.
         sampler: rule, grid and hooks that run time backwards.
+        guidance: makes another denoiser of the model's for sampling, such as
+            :class:`~lightning_sgm.guidance.ClassifierFree`.
+        label: class of all samples, in 0 .. K - 1; "null" or K for no class; None for all classes in turn. Only for a
+            network or a guidance that takes a class.
+        task: what samples are to complete, such as :class:`~lightning_sgm.methods.Inpaint`; None for samples from
+            scratch. Checkpoints do not keep it: say it again to each command.
         spec, optimizer, warmup, decay, exact, drop, metrics, test_samples: see :class:`GenerativeModule`; Adam at 2e-4
             with 5000 updates of warm-up as in the paper.
     """
@@ -43,6 +52,9 @@ class ScoreSDE(GenerativeModule):
         preconditioning: Preconditioning = Preconditioning(),
         objective: DenoisingObjective = DenoisingObjective(),
         sampler: Sampler = Sampler(),
+        guidance: Callable[[BaseDenoiser], BaseDenoiser] | None = None,
+        label: int | Literal["null"] | None = None,
+        task: Task | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=2e-4),
         warmup: int = 5000,
         decay: Decay = "constant",
@@ -61,17 +73,40 @@ class ScoreSDE(GenerativeModule):
             metrics=metrics,
             test_samples=test_samples,
         )
-        self.record(locals())
+        self.record(locals(), forget=("task",))
         self.network = build(network, spec)
         self.process = process
         self.objective = objective
         self.sampler = copy.copy(sampler)  # it counts evaluations, and a default is shared by all models
         self.denoiser = Denoiser(self.network, process, preconditioning)
-        if preconditioning.prediction in ("noise", "score") and first(sampler.levels(process)[0]).alpha == 0:
+        self.guided = guidance(self.denoiser) if guidance is not None else self.denoiser
+        self.takes_label = "label" in (*self.denoiser.conditions, *self.guided.conditions)
+        self.classes = self.guided.classes or self.denoiser.classes or int(spec.get("classes", 0))
+        self.label = self._class(label)
+        self.task = task
+        of_noise = preconditioning.prediction in ("noise", "score", "scaled_score")
+        if of_noise and first(sampler.levels(process)[0]).alpha == 0:
             raise ValueError(
                 f"nothing of the data is left at t = 1 under {type(process).__name__}, so {preconditioning.prediction} "
                 "prediction says nothing about x_0 there: predict v, x0 or velocity, or sample on the grid LogUniform"
             )
+
+    def _class(self, label: int | Literal["null"] | None) -> int | None:
+        """The class as a number."""
+        if label is not None and not self.takes_label:
+            raise ValueError(
+                f"label is {label}, but nothing here takes a class: set the network's conditional and data.labels to "
+                "true, or give a guidance"
+            )
+        if isinstance(label, int) and not 0 <= label <= self.classes:
+            raise ValueError(f"label must be in 0 .. {self.classes - 1}, or null for no class, got {label}")
+        return self.classes if label == "null" else label
+
+    def on_fit_start(self) -> None:
+        """Say what is trained, and what should be."""
+        super().on_fit_start()
+        if isinstance(self.guided, ClassifierFree) and not self.drop.get("label"):
+            rank_zero_warn("ClassifierFree will ask for answers without a class: train them with drop: {label: 0.1}")
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Weighted denoising error per example, (B,)."""
@@ -79,12 +114,34 @@ class ScoreSDE(GenerativeModule):
         return self.objective(self.denoiser, batch["x"], draw, **conditions)
 
     def sample(self, indices: Tensor, **conditions: Any) -> Batch:
-        """Samples (n, *shape) in the data's range; a class-conditional network gets the classes in turn by default."""
-        if "label" in getattr(self.network, "conditions", ()) and "label" not in conditions:
-            conditions["label"] = indices.to(self.device) % self.spec["classes"]
+        """Samples (n, *shape) in the data's range, of the classes ``label`` (n,) where one is taken.
+
+        Without it they are of the model's class, or of all classes in turn. With a task there are also "before", what
+        is known of each, and "truth" where that is known.
+        """
+        conditions = self.with_label(indices, conditions)
         draw = self.sample_draw(indices)
-        x = self.sampler(self.denoiser, (len(indices), *self.spec["shape"]), draw, **conditions)
+        if self.task is not None:
+            found = self.task.solve(self.guided, self.sampler, self.spec, indices, draw, **conditions)
+            return {**found, **conditions}
+        x = self.sampler(self.guided, (len(indices), *self.spec["shape"]), draw, **conditions)
         return {"x": x, **conditions}
+
+    def with_label(self, indices: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
+        """``conditions`` of the samples ``indices`` (n,), with the class where one is taken and none is given.
+
+        Raises:
+            ValueError: a class out of range.
+        """
+        if not self.takes_label:
+            return conditions
+        label = conditions.get("label")
+        if label is None:
+            label = indices.to(self.device)
+            label = label % self.classes if self.label is None else torch.full_like(label, self.label)
+        elif ((label < 0) | (label > self.classes)).any():
+            raise ValueError(f"label must be in 0 .. {self.classes - 1}, or {self.classes} for no class")
+        return {**conditions, "label": label}
 
     def pictures(self) -> dict[str, Batch | Curve]:
         """Images coming out of the noise, and the loss over the noise levels."""
