@@ -35,14 +35,15 @@ class ImageDataModule(DataModule):
     training images and, as the papers do, validates on the test images. A folder without one is cut at random, the same
     way for every ``seed``.
 
-    ``spec``: kind "image", shape [C, H, W], classes (0 without ``labels``), levels, range [-1, 1], sigma_data: the
-    standard deviation of the training values (for EDM's preconditioning, Karras et al. 2022); None before ``setup`` for
-    folders and resampled sets.
+    ``spec``: kind "image", shape [C, H, W], classes (0 without ``labels``), levels, range [-1, 1], dequantized,
+    sigma_data: the standard deviation of the training values (for EDM's preconditioning, Karras et al. 2022); None
+    before ``setup`` for folders and resampled sets.
 
     Args:
         dataset: "digits" (1797 gray 8 x 8 images with 17 levels, shipped with scikit-learn; 1500 for training, 297 for
-            validation and test), or "mnist", "fashion_mnist", "cifar10" by torchvision. Not to be given with ``path``.
-        path: folder of pictures (png, jpg, jpeg, webp, bmp; recursive; sub-folders are classes), or of idx files.
+            validation and test), or "mnist", "fashion_mnist", "cifar10" by torchvision.
+        path: folder of pictures (png, jpg, jpeg, webp, bmp; recursive; sub-folders are classes) or of idx files, which
+            takes the place of ``dataset``.
         val_path: folder of validation images; None: see above.
         test_path: folder of test images; None: see above.
         size: side of the images. Pictures lose what does not fit a square and are resampled; named sets and idx files
@@ -95,8 +96,6 @@ class ImageDataModule(DataModule):
             raise ValueError(
                 "val_path, test_path, channels and crop belong to a path: give the folder of training images"
             )
-        if path is not None and dataset != "digits":
-            raise ValueError(f"give dataset or path, not both: got {dataset} and {path}")
         self.labels, self.size, self.dequantize = labels, size, dequantize
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.flip = (path is None and dataset == "cifar10") if flip is None else flip
@@ -117,6 +116,7 @@ class ImageDataModule(DataModule):
             "classes": len(self._source.classes) if labels else 0,
             "levels": self._source.levels,
             "range": [-1.0, 1.0],
+            "dequantized": dequantize,
             "sigma_data": self._sigma(deviation) if deviation else None,
         }
 

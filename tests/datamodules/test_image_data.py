@@ -36,6 +36,7 @@ def test_digits_spec_is_known_at_construction_and_true(dequantize):
         "classes": 10,
         "levels": 17,
         "range": [-1.0, 1.0],
+        "dequantized": dequantize,
         "sigma_data": None,
     }
     assert json.loads(json.dumps(spec)) == spec
@@ -180,7 +181,6 @@ def test_sets_that_are_not_there(tmp_path, dataset, monkeypatch):
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
         ({"channels": 2}, "channels must be 1 or 3, got 2"),
         ({"val_path": "x"}, "val_path, test_path, channels and crop belong"),
-        ({"path": "x", "dataset": "mnist"}, "give dataset or path, not both: got mnist and x"),
         ({"val_fraction": -0.1}, "must be above 0"),
     ],
 )

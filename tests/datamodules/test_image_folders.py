@@ -19,7 +19,7 @@ from tests.datamodules.image_files import SPLITS, everything, gray_folder, idx_f
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_idx_folder(tmp_path, ending):
     sets = idx_folder(tmp_path, ending)
-    data = ImageDataModule(path=str(tmp_path), labels=True)
+    data = ImageDataModule("cifar10", path=str(tmp_path), labels=True)  # the path takes the set's place
     assert data.spec["shape"] == [1, 4, 4]
     assert data.spec["classes"] == 3
     assert data.spec["sigma_data"] is None
