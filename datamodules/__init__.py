@@ -1,7 +1,8 @@
 """LightningDataModules by kind of data. They know files, splits and transforms, and nothing of lightning_sgm."""
 
+from datamodules.arrays import ArrayDataModule
 from datamodules.base import DataModule
 from datamodules.images import ImageDataModule
 from datamodules.text import TextDataModule
 
-__all__ = ["DataModule", "ImageDataModule", "TextDataModule"]
+__all__ = ["ArrayDataModule", "DataModule", "ImageDataModule", "TextDataModule"]

@@ -77,7 +77,7 @@ class ImageWriter(Writer):
 
     def save_each(self, batch: Batch, folder: Path) -> list[Path]:
         """``folder/NUMBER.png`` in the images' own size; their panels, if any, are ``folder/panels/NUMBER.png``."""
-        numbers, pixels = _numbers(batch), self._pixels(batch["x"])
+        numbers, pixels = numbers_of(batch), self._pixels(batch["x"])
         files = [self._write(image, folder / f"{i:06d}.png") for i, image in zip(numbers, pixels, strict=True)]
         if "before" not in batch:
             return files
@@ -163,12 +163,12 @@ class TextWriter(Writer):
 
     def save(self, batch: Batch, stem: Path) -> list[Path]:
         """All samples in ``stem.txt``."""
-        return self._write_sections(_numbers(batch), self.decode(batch["x"]), stem)
+        return self._write_sections(numbers_of(batch), self.decode(batch["x"]), stem)
 
     def save_each(self, batch: Batch, folder: Path) -> list[Path]:
         """``folder/NUMBER.txt``, the exact bytes."""
         files = []
-        for number, raw in zip(_numbers(batch), self.decode(batch["x"]), strict=True):
+        for number, raw in zip(numbers_of(batch), self.decode(batch["x"]), strict=True):
             files.append(folder / f"{number:06d}.txt")
             with atomic_write(files[-1]) as file:
                 file.write(raw)
@@ -181,7 +181,7 @@ class TextWriter(Writer):
     def log(self, logger: Logger, tag: str, batch: Batch, step: int) -> None:
         """One Markdown text with a code block per sample, which keeps spaces and newlines."""
         if isinstance(logger, TensorBoardLogger):
-            sections = zip(_numbers(batch), self.decode(batch["x"]), strict=True)
+            sections = zip(numbers_of(batch), self.decode(batch["x"]), strict=True)
             logger.experiment.add_text(
                 tag, "\n\n".join(f"sample {i}\n\n{_code(readable(raw))}" for i, raw in sections), step
             )
@@ -228,6 +228,10 @@ def writer_for(spec: dict[str, Any]) -> Writer:
         return ImageWriter(low, high)
     if kind == "text":
         return TextWriter(spec["tokenizer"])
+    if kind == "array":
+        from lightning_sgm.io.arrays import ArrayWriter
+
+        return ArrayWriter(spec["mean"], spec["std"])
     raise ValueError(f"there is no writer for data of kind {kind!r}: give your own Writer as writer=")
 
 
@@ -246,7 +250,8 @@ def _code(text: str) -> str:
     return f"{fence}\n{text}\n{fence}"
 
 
-def _numbers(batch: Batch) -> list[int]:
+def numbers_of(batch: Batch) -> list[int]:
+    """The numbers of the samples in a batch."""
     numbers: list[int] = (batch["index"] if "index" in batch else torch.arange(len(batch["x"]))).tolist()
     return numbers
 
