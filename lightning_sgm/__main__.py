@@ -12,6 +12,7 @@ COMMANDS = {
     "validate": "losses of a checkpoint on the validation split",
     "test": "all metrics of a checkpoint on the test split: table, JSON, TensorBoard",
     "predict": "write samples of a checkpoint to files",
+    "import": "turn released weights into a checkpoint: import --help",
     "recipes": "list the recipes, one line each",
 }
 
@@ -48,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
 
         print(listing())
         return 0
+    if arguments[0] == "import":
+        from lightning_sgm.importing import run as run_import
+
+        return run_import(arguments[1:])
     if arguments[0] not in COMMANDS:
         near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 
 def folders() -> list[Path]:
@@ -53,6 +54,35 @@ def find(name: str) -> Path:
     near = difflib.get_close_matches(short, recipes, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "`python -m lightning_sgm recipes` lists them."
     raise FileNotFoundError(f"no recipe or file {name!r}; {hint}")
+
+
+def content(name: str) -> dict[str, Any]:
+    """Sections of a recipe, laid over those of the recipes it builds on; ``name`` as :func:`find` takes it.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        ValueError: it is no YAML mapping.
+    """
+    import yaml
+
+    path = find(name)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {type(error).__name__}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no recipe: it must hold sections such as model, data and trainer")
+    base = values.pop("base", None)
+    return overlay(content(str(base)), values) if base else values
+
+
+def overlay(values: Any, changes: Any) -> Any:
+    """``values`` with ``changes`` over them, dicts key by key; arguments do not outlive a change of their class."""
+    if not isinstance(values, dict) or not isinstance(changes, dict):
+        return changes
+    if "class_path" in changes and changes["class_path"] != values.get("class_path"):
+        return changes
+    return {**values, **{key: overlay(values.get(key), change) for key, change in changes.items()}}
 
 
 def listing() -> str:

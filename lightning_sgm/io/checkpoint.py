@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,22 +154,40 @@ def _hyper_parameters(checkpoint: dict[str, Any]) -> HyperParameters:
     return HyperParameters(classes[0], model, classes[1], data)
 
 
-def _read(path: str | Path, **how: Any) -> dict[str, Any]:
+def read_file(path: str | Path, kind: str, trusted: Sequence[Any] = (), **how: Any) -> Any:
+    """The content of a file of ``torch.save``, read without running any code in it.
+
+    Args:
+        path: the file.
+        kind: what it should be, for messages: "a checkpoint of lightning_sgm".
+        trusted: what it may contain beside tensors and plain values, as ``torch.serialization.safe_globals`` takes it.
+        how: further arguments of ``torch.load``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, was not written by ``torch.save`` or contains other things.
+    """
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    foreign = f"{path} is not a checkpoint of lightning_sgm or is damaged"
+    foreign = f"{path} is not {kind} or is damaged"
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{foreign}: it is cut off or was not written by torch.save")
     try:
-        checkpoint = torch.load(path, weights_only=True, **how)
+        with torch.serialization.safe_globals(list(trusted)):
+            return torch.load(path, weights_only=True, **how)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = refused.group(1) if refused else "other things"
         raise ValueError(f"{foreign}: it contains {what}, but only tensors and plain values are read") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{foreign}: {str(error).partition(chr(10))[0]}") from error
+
+
+def _read(path: str | Path, **how: Any) -> dict[str, Any]:
+    kind = "a checkpoint of lightning_sgm"
+    checkpoint = read_file(path, kind, **how)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise ValueError(f"{foreign}: it has no state_dict")
+        raise ValueError(f"{path} is not {kind} or is damaged: it has no state_dict")
     return checkpoint
 
 

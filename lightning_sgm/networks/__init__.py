@@ -2,6 +2,7 @@
 
 from lightning_sgm.networks.base import Network, Spec, TokenNetwork, build
 from lightning_sgm.networks.ddpm import DDPM
+from lightning_sgm.networks.diffusers_unet import DiffusersUNet
 from lightning_sgm.networks.huggingface import HuggingFaceMaskedLM
 from lightning_sgm.networks.masked_transformer import MaskedTransformer
 from lightning_sgm.networks.mlp import MLP
@@ -12,6 +13,7 @@ from lightning_sgm.networks.wide_resnet import WideResNet
 __all__ = [
     "DDPM",
     "MLP",
+    "DiffusersUNet",
     "HuggingFaceMaskedLM",
     "MaskedTransformer",
     "NCSNpp",

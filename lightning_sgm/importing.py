@@ -1,0 +1,103 @@
+"""``python -m lightning_sgm import``: weights that others released, as a checkpoint. Light until it is used."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+import traceback
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+
+class _Source(NamedTuple):
+    """Where weights come from: the function that imports them, given file and model, and what the help says."""
+
+    module: str
+    function: str
+    help: str
+
+
+SOURCES = {
+    "score_sde": _Source(
+        "lightning_sgm.io.released.score_sde",
+        "import_score_sde",
+        "Song et al. 2021: a .pth file of their PyTorch code, or the folder of a diffusers model (google/ncsnpp-*, "
+        "google/ddpm-*)",
+    ),
+}
+"""By name; a new source is one function in ``lightning_sgm.io.released`` and a line here."""
+
+
+def run(arguments: list[str]) -> int:
+    """Import weights; exit code 0, 1 (they cannot be used) or 2 (wrong usage)."""
+    debug = "--debug" in arguments
+    try:
+        given = _parser().parse_args([argument for argument in arguments if argument != "--debug"])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    path, output = Path(given.checkpoint), Path(given.output)
+    if given.source not in SOURCES:
+        near = difflib.get_close_matches(given.source, SOURCES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"sources are {', '.join(SOURCES)}"
+        return _failed(f"unknown source {given.source!r}; {hint}", 2)
+    if output.exists():
+        return _failed(f"{output} exists already: remove it or give another --output", 2)
+    if not path.exists():
+        return _failed(f"there is no {path}: download the weights and give the file or folder", 2)
+    try:
+        _import(SOURCES[given.source], path, output, given.model)
+    except KeyboardInterrupt:
+        return _failed("stopped by Ctrl-C; nothing was written", 130)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        from lightning_sgm.messages import one_line
+
+        return _failed(one_line(error), 2 if isinstance(error, FileNotFoundError) else 1)
+    return 0
+
+
+def _import(source: _Source, path: Path, output: Path, model: str | None) -> None:
+    from lightning_sgm.io.released.model import save
+
+    imported = getattr(importlib.import_module(source.module), source.function)(path, model)
+    save(imported, output)
+    for line in imported.about:
+        print(line)
+    print(f"wrote: {output}\nnext: python -m lightning_sgm predict --ckpt_path {output} --num_samples 16")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see python -m lightning_sgm import --help\n")
+
+
+def _parser() -> _Parser:
+    from lightning_sgm.io.released.configurations import CONFIGURATIONS
+
+    sources = "\n".join(f"  {name:<12}{source.help}" for name, source in SOURCES.items())
+    models = "\n".join(f"  {name}" for name in CONFIGURATIONS)
+    parser = _Parser(
+        prog="python -m lightning_sgm import",
+        description="Turn weights that others released into a checkpoint for test, predict, fit and load.",
+        epilog=f"sources:\n{sources}\n\nmodels of score_sde:\n{models}\n\nNothing in a file is run: only tensors and "
+        "plain values are read.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--source", required=True, help="where the weights come from, see below")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="the released file, or a folder")
+    parser.add_argument("--output", required=True, metavar="FILE", help="checkpoint to write; it must not exist yet")
+    parser.add_argument(
+        "--model",
+        help="which of the models below it is, where the weights do not tell; or a recipe (name or YAML file) with the "
+        "settings of a model of your own",
+    )
+    return parser
+
+
+def _failed(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
