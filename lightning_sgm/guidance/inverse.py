@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -35,9 +36,23 @@ class LinearOperator:
         """A^+ y, the shortest x with A x = y (pseudo-inverse), shaped like x."""
         raise NotImplementedError
 
+    def residual(self, x: Tensor, y: Tensor) -> Tensor:
+        """y - A x for measurements y of each example, or (1, *) for all.
+
+        Raises:
+            ValueError: ``y`` has another shape than A x.
+        """
+        measured = self.measure(x)
+        if y.ndim != measured.ndim or y.shape[1:] != measured.shape[1:] or len(y) not in (1, len(x)):
+            raise ValueError(
+                f"{type(self).__name__} gives measurements of shape {tuple(measured.shape)} for examples of shape "
+                f"{tuple(x.shape)}, got {tuple(y.shape)}: give one for each example, or one with first size 1 for all"
+            )
+        return y - measured
+
     def replace(self, x: Tensor, y: Tensor) -> Tensor:
         """``x`` with what A sees of it replaced by ``y``, everything else kept: x + A^+ (y - A x)."""
-        return x + self.inverse(y - self.measure(x))
+        return x + self.inverse(self.residual(x, y))
 
 
 class Mask(LinearOperator):
@@ -65,6 +80,7 @@ class Mask(LinearOperator):
 
     def replace(self, x: Tensor, y: Tensor) -> Tensor:
         """Bit by bit: y where known, x elsewhere."""
+        self.residual(x, y)  # refuses a wrong shape
         return torch.where(self._known(x), y, x)
 
     def _known(self, x: Tensor) -> Tensor:
@@ -156,6 +172,11 @@ class Matrix(LinearOperator):
         if self.matrix.ndim != 2:
             raise ValueError(f"a matrix has the shape (M, D), got {tuple(self.matrix.shape)}")
         self.shape = tuple(shape or self.matrix.shape[1:])
+        if math.prod(self.shape) != self.matrix.shape[1]:
+            raise ValueError(
+                f"a matrix of shape {tuple(self.matrix.shape)} takes examples of {self.matrix.shape[1]} values, "
+                f"which shape {self.shape} has not"
+            )
         self._inverse = torch.linalg.pinv(self.matrix)
 
     def measure(self, x: Tensor) -> Tensor:
@@ -218,7 +239,7 @@ class PosteriorMatching(BaseDenoiser):
         if not level.alpha.all():
             raise ValueError(
                 f"nothing of the data is left at t = 1 under {type(self.process).__name__}, so posterior matching "
-                "cannot start there: sample on the grid LogUniform or Karras"
+                "cannot start there: use a Sampler on the grid LogUniform or Karras"
             )
         y = self.measurement.to(x)
         # vjp, not autograd: predict runs in inference mode, where autograd refuses to work.
@@ -226,24 +247,32 @@ class PosteriorMatching(BaseDenoiser):
         x0, pull = answer[0], answer[1]
         self.cost = (1 + self.iterations) * self.denoiser.cost
         scale = match(level.sigma**2 / level.alpha, x)
-        residual = (y - self.operator.measure(x0)).expand(len(x), *y.shape[1:])
-        x0 = x0 + self._correction(lambda v: scale * pull(v)[0], residual)
+        # A A^+: what no x could explain of y (values where a mask knows nothing) would only mislead the iterations.
+        residual = self.operator.measure(self.operator.inverse(self.operator.residual(x0, y)))
+        largest = torch.as_tensor((level.sigma / level.alpha) ** 2).to(x)
+        x0 = x0 + self._correction(lambda v: scale * pull(v)[0], residual, largest)
         return x0 if self.noise_std else self.operator.replace(x0, y)
 
-    def _correction(self, covariance: Callable[[Tensor], Tensor], residual: Tensor) -> Tensor:
-        """C A^T (A C A^T + noise^2)^-1 residual, by conjugate gradients in the space of y."""
+    def _correction(self, covariance: Callable[[Tensor], Tensor], residual: Tensor, largest: Tensor) -> Tensor:
+        """C A^T (A C A^T + noise^2)^-1 residual, by conjugate gradients in the space of y.
+
+        A learned Jacobian is no covariance: it may show a curvature v C v near 0 beside a large C v, and a step without
+        bounds would follow. v C v >= |C v|^2 / ``largest``, which holds for all covariances up to (sigma / alpha)^2
+        (those of Gaussian data among them), is therefore imposed.
+        """
         correction: Tensor | float = 0.0
         direction, size = residual, _dot(residual, residual)
         for _ in range(self.iterations):
             spread = covariance(self.operator.adjoint(direction))
             image = self.operator.measure(spread) + self.noise_std**2 * direction
             curvature = _dot(direction, image)
-            # A learned Jacobian need not be positive, and nothing is left to do once the residual is 0.
-            step = torch.where(curvature > 0, size / curvature, 0.0)
+            least = _dot(spread, spread) / largest + self.noise_std**2 * _dot(direction, direction)
+            # It need not be positive either, and nothing is left to do once the residual is 0.
+            step = _ratio(size, torch.where(curvature > 0, torch.maximum(curvature, least), 0.0))
             correction = correction + match(step, spread) * spread
             residual = residual - match(step, residual) * image
             last, size = size, _dot(residual, residual)
-            direction = residual + match(torch.where(last > 0, size / last, 0.0), residual) * direction
+            direction = residual + match(_ratio(size, last), residual) * direction
         assert isinstance(correction, Tensor)
         return correction
 
@@ -251,3 +280,9 @@ class PosteriorMatching(BaseDenoiser):
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each example, (B,)."""
     return (a * b).flatten(1).sum(1)
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is not positive; gradients are finite there too."""
+    positive = b > 0
+    return torch.where(positive, a / torch.where(positive, b, 1.0), 0.0)

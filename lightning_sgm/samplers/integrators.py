@@ -72,7 +72,10 @@ class Integrator:
         low, high = sorted((begin, end))
 
         def inside(position: float, y: Tensor) -> Tensor:
-            return slope(min(max(position, low), high), y)  # the search for a first step may look past the end
+            dy = slope(min(max(position, low), high), y)  # the search for a first step may look past the end
+            if not dy.isfinite().all():  # scipy's solvers would go on for ever, or return what is no number
+                raise _failed("a derivative is not finite")
+            return dy
 
         run = self._torchdiffeq if self.library == "torchdiffeq" else self._scipy
         return run(inside, y, begin, end, watch)
@@ -119,8 +122,8 @@ class Integrator:
 
 
 def _worst(y: Tensor) -> Tensor:
-    """Largest root mean square of the rows of (B, N)."""
-    return y.square().mean(1).max().sqrt()
+    """Largest root mean square of the rows of (B, N); without gradients, which a step's size is not to have."""
+    return y.detach().square().mean(1).max().sqrt()
 
 
 def _failed(message: str) -> FloatingPointError:
@@ -165,16 +168,15 @@ class Course:
 
     def slope(self, level: Levels, z: Any, x0: Any) -> Any:
         """dz / d ln(u) of every component for E[x_0 | x_t] = ``x0``, all like ``z``."""
-        pace = _speed(first(self.process), next(iter(level.values()))) if isinstance(level, dict) else None
+        # How fast each component runs through its own ln(u) while the first runs through positions.
+        speed = per_component(_speed, self.process, level) if isinstance(level, dict) else 1.0
+        pace = first(speed)
 
-        def one(level: Level, process: GaussianProcess, z: Tensor, x0: Tensor) -> Tensor:
+        def one(level: Level, speed: Tensor | float, z: Tensor, x0: Tensor) -> Tensor:
             n = size(level)
-            scale = (level.alpha + level.sigma) / n
-            if pace is not None:
-                scale = scale * _speed(process, level) / pace
-            return scale * (level.alpha / n * z - x0)
+            return speed / pace * (level.alpha + level.sigma) / n * (level.alpha / n * z - x0)
 
-        return per_component(one, level, self.process, z, x0)
+        return per_component(one, level, speed, z, x0)
 
 
 def size(level: Level) -> Tensor:

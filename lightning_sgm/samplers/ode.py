@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_sgm.denoiser import BaseDenoiser
-from lightning_sgm.processes.gaussian import CLEAN, as_time
+from lightning_sgm.processes.gaussian import CLEAN
 from lightning_sgm.random import Draw
 from lightning_sgm.samplers.evaluation import Evaluation, Processes, per_component
 from lightning_sgm.samplers.integrators import Course, Integrator, Solver, size
@@ -177,7 +177,7 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor | Sequence[float]) -> Tensor:
     """
     if a.shape != b.shape:
         raise ValueError(f"slerp needs latents of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
-    weight = as_time(torch.as_tensor(weights), a.device).reshape(-1, 1)
+    weight = torch.as_tensor(weights, dtype=torch.float64, device=a.device).reshape(-1, 1)
     unit_a, unit_b = (torch.nn.functional.normalize(part.flatten(1).double(), dim=1) for part in (a, b))
     # Accurate for all angles, unlike the arc cosine.
     angle = 2.0 * torch.atan2((unit_a - unit_b).norm(dim=1), (unit_a + unit_b).norm(dim=1))

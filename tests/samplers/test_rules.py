@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sgm.processes.gaussian import CLEAN, EDM, VE, Cosine, Flow
+from lightning_sgm.denoiser import GaussianMixtureDenoiser
+from lightning_sgm.processes.gaussian import CLEAN, EDM, VE, VP, Cosine, Flow
 from lightning_sgm.random import Draw
 from lightning_sgm.samplers import (
     Ancestral,
@@ -18,6 +19,7 @@ from lightning_sgm.samplers import (
     LogUniform,
     ReverseDiffusion,
     Sampler,
+    Stay,
     UniformTime,
 )
 from lightning_sgm.samplers.evaluation import Evaluation
@@ -254,3 +256,47 @@ def test_a_step_can_be_repeated(name):
 def test_negative_churn_is_refused():
     with pytest.raises(ValueError, match="churn"):
         Heun(-0.1)
+
+
+@every_process
+def test_ancestral_noise_is_the_posteriors_or_the_transitions(process):
+    level, target = process.level(0.7), process.level(0.5)
+    x, noise = start(level, (6, 2)), Draw(5).normal((6, 2), torch.float64)
+    evaluate = Evaluation(gaussian(process, 2))
+    mean, small = process.posterior(evaluate(x, level), x, level, target)
+    large = process.transition(target, level)[1]
+    assert large > small
+    for kind, std in (("posterior", small), ("transition", large)):
+        found, found_mean, _ = Ancestral(kind)(evaluate, x, level, target, Draw(5), None)  # type: ignore[arg-type]
+        torch.testing.assert_close(found_mean, mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found, mean + std * noise, rtol=1e-9, atol=1e-9)
+        assert torch.equal(Ancestral(kind)(evaluate, x, level, CLEAN, Draw(5), None)[0], evaluate(x, level))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("process", [VP(), Cosine()], ids=["VP", "cosine"])
+@pytest.mark.parametrize("noise", ["posterior", "transition"])
+def test_transition_noise_is_exact_for_standard_normal_data(process, noise):
+    """Ho et al. 2020, section 3.2: beta_i is optimal for N(0, I), the posterior's variance for one point."""
+    eye = torch.eye(2)[None]
+    denoiser = GaussianMixtureDenoiser(process, torch.zeros(1, 2), eye)
+    sampler = Sampler(Ancestral(noise), 6, UniformTime(0.05), finish="state")
+    begin = start(process.level(1.0), (20000, 2)).float()
+    x = sampler(denoiser, None, Draw(2), start=begin)
+    variance = float(x.var())
+    if noise == "transition":
+        assert variance == pytest.approx(1.0, rel=0.02)
+    else:
+        assert variance < 0.93
+
+
+def test_stay_moves_nothing():
+    process = VE(0.01, 50.0)
+    level, target = process.level(0.7), process.level(0.5)
+    x, evaluate = start(level, (6, 2)), Evaluation(gaussian(process, 2))
+    found, mean, memory = Stay()(evaluate, x, level, target, Draw(0), "kept")
+    assert found is mean is x
+    assert memory == "kept"
+    assert evaluate.count == 0
+    found, mean, _ = Stay()(evaluate, x, level, CLEAN, Draw(0), None)
+    assert found is mean
+    torch.testing.assert_close(found, gaussian(process, 2).x0(x, level.t))
