@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import settings
 
 from lightning_sgm.__main__ import main
@@ -20,37 +21,53 @@ settings.load_profile("patient")
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
-# Overrides that make any recipe of a kind run in a second; the recipe's own structure stays.
-TINY = {
+# Overrides that make a recipe run in a second; its own structure stays.
+_SHORT = (
+    "--trainer.max_steps=4",
+    "--trainer.val_check_interval=2",
+    "--trainer.limit_val_batches=2",
+    "--trainer.limit_test_batches=3",
+    "--trainer.log_every_n_steps=1",
+    "--model.warmup=2",
+)
+_IMAGES = (
+    *_SHORT,
+    "--model.test_samples=70",
+    "--model.sampler.init_args.steps=3",
+    "--data.batch_size=32",
+    "--samples.count=4",
+)
+_OWN = {
     "radd": (
-        "--trainer.max_steps=4",
-        "--trainer.val_check_interval=2",
-        "--trainer.limit_val_batches=2",
-        "--trainer.limit_test_batches=2",
-        "--trainer.log_every_n_steps=1",
+        *_SHORT,
         "--model.network.init_args.width=16",
         "--model.network.init_args.blocks=1",
         "--model.network.init_args.heads=2",
-        "--model.warmup=2",
         "--model.test_samples=2",
         "--model.sampler.init_args.steps=4",
         "--data.length=32",
         "--data.batch_size=4",
         "--samples.count=2",
     ),
-    "score_sde": (
-        "--trainer.max_steps=4",
-        "--trainer.val_check_interval=2",
-        "--trainer.limit_val_batches=2",
-        "--trainer.limit_test_batches=3",
-        "--trainer.log_every_n_steps=1",
-        "--model.warmup=2",
-        "--model.test_samples=70",
-        "--model.sampler.init_args.steps=3",
-        "--data.batch_size=32",
-        "--samples.count=4",
-    ),
+    "score_sde": _IMAGES,
+    "score_sde_points": _IMAGES,
+    "classifier": (*_SHORT, "--data.batch_size=32"),
 }
+_MORE = {
+    # The network's three levels, without a download.
+    "score_sde_fashion_mnist": ("--data.dataset=digits", "--model.network.init_args.attention=[2]"),
+}
+
+
+def _tiny(path: Path) -> tuple[str, ...]:
+    """Overrides of a recipe: its own, or those of the recipe that it builds on, and a few more."""
+    own = _OWN.get(path.stem)
+    if own is None:
+        own = _tiny(path.with_name(f"{yaml.safe_load(path.read_text(encoding='utf-8'))['base']}.yaml"))
+    return (*own, *_MORE.get(path.stem, ()))
+
+
+TINY = {path.stem: _tiny(path) for path in sorted((ROOT / "recipes").glob("*.yaml"))}
 EVALUATION_ONLY = ("--trainer.max_steps", "--trainer.val_check_interval")
 
 

@@ -41,6 +41,13 @@ def a_users_files(tmp_path: Path) -> None:
         save_image(torch.rand(3, 40, 36), tmp_path / "my_pictures" / f"{i}.png")
 
 
+def recipe_of(arguments: list[str]) -> str:
+    """The recipe of a command: what --config names, or whose run its checkpoint is from."""
+    given = Path(arguments[arguments.index("--config") + 1]).stem if "--config" in arguments else ""
+    of_run = [name for name in TINY if any(f"/{name}/" in argument for argument in arguments)]
+    return given if given in TINY else (of_run or ["score_sde"])[0]
+
+
 def run_all(cli, text: str) -> None:
     found = commands(text)
     assert found
@@ -49,8 +56,7 @@ def run_all(cli, text: str) -> None:
         if arguments[0] not in ("fit", "validate", "test", "predict"):
             assert cli(*arguments)[0] == 0
             continue
-        recipe = "radd" if "radd" in command else "score_sde"
-        tiny = [option for option in TINY[recipe] if option.partition("=")[0] not in arguments]
+        tiny = [option for option in TINY[recipe_of(arguments)] if option.partition("=")[0] not in arguments]
         code, _, err = cli(*arguments, *tiny)
         if "fashion_mnist" in command and code:  # needs the network
             assert "fashion_mnist" in err.lower()

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lightning_sgm.io.files import atomic_write
 
 Batch = dict[str, Tensor]
-_GAP, _LINE = 2, 255  # width and gray level of the lines inside a panel
+_LINE, _WHITE = 2, 255  # width and gray level of the lines around the images of a panel
 
 
 class Writer(ABC):
@@ -106,7 +106,8 @@ class ImageWriter(Writer):
         if "before" not in batch:
             return self._pixels(batch["x"])
         images = [self._enlarge(self._pixels(batch[name])) for name in ("before", "x", "truth") if name in batch]
-        return torch.cat([F.pad(image, (0, _GAP), value=_LINE) for image in images[:-1]] + images[-1:], dim=3)
+        joined = torch.cat([F.pad(image, (_LINE, 0), value=_WHITE) for image in images], dim=3)
+        return F.pad(joined, (0, _LINE, _LINE, _LINE), value=_WHITE)
 
     def _pixels(self, x: Tensor) -> Tensor:
         """(B, C, H, W) float -> (B, 1 or 3, H, W) uint8 on the CPU."""

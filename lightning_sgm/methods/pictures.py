@@ -19,7 +19,10 @@ _LEVELS, _EXAMPLES = 24, 64
 
 
 def denoising_strips(module: ScoreSDE) -> Batch:
-    """The way of a few images from noise to data as one image of rows; states are scaled to the data's variance."""
+    """The way of the first samples from noise to data as one image of rows; states are scaled to the data's variance.
+
+    With guidance if there is any, and of the model's classes; without the task, which is for ``predict``.
+    """
     frames: list[Tensor] = []
 
     def keep(step: int, level: Level, x: Tensor) -> None:
@@ -27,9 +30,9 @@ def denoising_strips(module: ScoreSDE) -> Batch:
             frames.append(x / match(torch.sqrt(level.alpha**2 + level.sigma**2), x))
 
     indices = torch.arange(_STRIPS, device=module.device)
-    conditions = {"label": indices % module.spec["classes"]} if "label" in module.network.conditions else {}
     shape = (_STRIPS, *module.spec["shape"])
-    module.sampler(module.denoiser, shape, module.sample_draw(indices), on_step=keep, **conditions)
+    conditions = module.with_label(indices, {})
+    module.sampler(module.guided, shape, module.sample_draw(indices), on_step=keep, **conditions)
     chosen = torch.linspace(0, len(frames) - 1, min(_FRAMES, len(frames))).round().long()
     images = torch.stack([frames[i] for i in chosen.tolist()], 1)  # (rows, frames, C, H, W)
     scale = max(1, -(-_TILE // max(images.shape[3:])))

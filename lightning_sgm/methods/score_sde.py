@@ -8,13 +8,15 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sgm.denoiser import BaseDenoiser, Denoiser, Preconditioning
 from lightning_sgm.guidance.classes import ClassifierFree
+from lightning_sgm.likelihood import Likelihood
 from lightning_sgm.methods.base import Batch, Curve, Decay, GenerativeModule
+from lightning_sgm.methods.density import DensityTest
 from lightning_sgm.methods.pictures import denoising_strips, loss_curve
 from lightning_sgm.methods.tasks import Task
 from lightning_sgm.networks.base import Network, Spec, build
@@ -36,10 +38,13 @@ class ScoreSDE(GenerativeModule):
         sampler: rule, grid and hooks that run time backwards.
         guidance: makes another denoiser of the model's for sampling, such as
             :class:`~lightning_sgm.guidance.ClassifierFree`.
-        label: class of all samples, in 0 .. K - 1; "null" or K for no class; None for all classes in turn. Only for a
-            network or a guidance that takes a class.
+        label: class of all samples, in 0 .. K - 1; "unconditional" or K for no class; None for all classes in turn.
+            Only for a network or a guidance that takes a class.
         task: what samples are to complete, such as :class:`~lightning_sgm.methods.Inpaint`; None for samples from
             scratch. Checkpoints do not keep it: say it again to each command.
+        likelihood: how ``test`` finds the bits per dimension of the data under the model without guidance; None: it
+            does not. Each example costs about a hundred evaluations.
+        likelihood_examples: of how many test examples, the first ones; None for all.
         spec, optimizer, warmup, decay, exact, drop, metrics, test_samples: see :class:`GenerativeModule`; Adam at 2e-4
             with 5000 updates of warm-up as in the paper.
     """
@@ -53,8 +58,10 @@ class ScoreSDE(GenerativeModule):
         objective: DenoisingObjective = DenoisingObjective(),
         sampler: Sampler = Sampler(),
         guidance: Callable[[BaseDenoiser], BaseDenoiser] | None = None,
-        label: int | Literal["null"] | None = None,
+        label: int | Literal["unconditional"] | None = None,
         task: Task | None = None,
+        likelihood: Likelihood | None = None,
+        likelihood_examples: int | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=2e-4),
         warmup: int = 5000,
         decay: Decay = "constant",
@@ -84,6 +91,7 @@ class ScoreSDE(GenerativeModule):
         self.classes = self.guided.classes or self.denoiser.classes or int(spec.get("classes", 0))
         self.label = self._class(label)
         self.task = task
+        self.density = DensityTest(likelihood, spec, likelihood_examples) if likelihood is not None else None
         of_noise = preconditioning.prediction in ("noise", "score", "scaled_score")
         if of_noise and first(sampler.levels(process)[0]).alpha == 0:
             raise ValueError(
@@ -91,7 +99,7 @@ class ScoreSDE(GenerativeModule):
                 "prediction says nothing about x_0 there: predict v, x0 or velocity, or sample on the grid LogUniform"
             )
 
-    def _class(self, label: int | Literal["null"] | None) -> int | None:
+    def _class(self, label: int | Literal["unconditional"] | None) -> int | None:
         """The class as a number."""
         if label is not None and not self.takes_label:
             raise ValueError(
@@ -99,8 +107,8 @@ class ScoreSDE(GenerativeModule):
                 "true, or give a guidance"
             )
         if isinstance(label, int) and not 0 <= label <= self.classes:
-            raise ValueError(f"label must be in 0 .. {self.classes - 1}, or null for no class, got {label}")
-        return self.classes if label == "null" else label
+            raise ValueError(f"label must be in 0 .. {self.classes - 1}, or unconditional, got {label}")
+        return self.classes if label == "unconditional" else label
 
     def on_fit_start(self) -> None:
         """Say what is trained, and what should be."""
@@ -112,6 +120,25 @@ class ScoreSDE(GenerativeModule):
         """Weighted denoising error per example, (B,)."""
         conditions = self.conditions(batch, draw.fork(0) if self.training else None)
         return self.objective(self.denoiser, batch["x"], draw, **conditions)
+
+    def on_test_start(self) -> None:
+        """Say what the likelihood depends on."""
+        super().on_test_start()
+        if self.density is not None:
+            rank_zero_info(self.density.describe(self.process))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Losses, the likelihood if it is asked for, and real data for the sample metrics."""
+        super().test_step(batch, batch_idx)
+        if self.density is not None:
+            self.density.update(self, self.denoiser, batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Bits per dimension, then the samples' metrics."""
+        if self.density is not None:
+            self.log_dict({f"test/{name}": value for name, value in self.density.compute(self.process).items()})
+            self.density.reset()
+        super().on_test_epoch_end()
 
     def sample(self, indices: Tensor, **conditions: Any) -> Batch:
         """Samples (n, *shape) in the data's range, of the classes ``label`` (n,) where one is taken.

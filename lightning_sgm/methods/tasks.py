@@ -35,7 +35,8 @@ class Task:
         method: "posterior": the denoiser is told y (PosteriorMatching), under any sampler; unbiased where p(x_0 | x_t)
             is nearly Gaussian. "replacement": Song et al.'s own (2021, app. I), which needs no further evaluations of
             the network but a sampler with Langevin correctors, or it is biased.
-        iterations: of "posterior"; each costs as much as an evaluation of the network.
+        iterations: of "posterior"; each costs as much as an evaluation of the network. A few: with many, the errors of
+            a learned network's derivatives add up.
         noise: standard deviation of the noise in y; it is added where y is made from whole images.
     """
 

@@ -4,9 +4,19 @@ A metric of samples has ``inputs``, the batch entries it reads, and is fed ``met
 metric.inputs}, real=...)`` with real and with generated batches: one sampling pass serves all of them.
 """
 
+from lightning_sgm.metrics.arrays import EnergyDistance
 from lightning_sgm.metrics.base import DoubleMetric, ExampleMean
 from lightning_sgm.metrics.images import FrechetDistance
-from lightning_sgm.metrics.likelihood import TokenLikelihood
+from lightning_sgm.metrics.likelihood import BitsPerDim, TokenLikelihood
 from lightning_sgm.metrics.text import NGramJudge, UnigramEntropy
 
-__all__ = ["DoubleMetric", "ExampleMean", "FrechetDistance", "NGramJudge", "TokenLikelihood", "UnigramEntropy"]
+__all__ = [
+    "BitsPerDim",
+    "DoubleMetric",
+    "EnergyDistance",
+    "ExampleMean",
+    "FrechetDistance",
+    "NGramJudge",
+    "TokenLikelihood",
+    "UnigramEntropy",
+]

@@ -196,3 +196,41 @@ def test_misuse_is_named(tmp_path):
         ImageWriter(low=1.0, high=1.0)
     with pytest.raises(ValueError, match=r"\(B, C, H, W\)"):
         ImageWriter().save({"x": torch.zeros(3, 8, 8)}, tmp_path / "x")
+
+
+def panels(count=3, channels=1):
+    """Samples with what is known, half of it in the middle of the range, and the truth."""
+    x, truth = (torch.randint(0, 256, (count, channels, 8, 8)).float() / 127.5 - 1.0 for _ in range(2))
+    before = torch.where(torch.arange(8) < 4, truth, 0.0)
+    return {"before": before, "x": x, "truth": truth, "index": torch.arange(count)}
+
+
+@pytest.mark.parametrize("names", [("before", "x", "truth"), ("before", "x")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_panels_show_before_sample_and_truth_side_by_side(tmp_path, names, channels):
+    batch = {name: value for name, value in panels(channels=channels).items() if name in (*names, "index")}
+    files = ImageWriter(tile=16).save_each(batch, tmp_path)
+    assert [file.relative_to(tmp_path).as_posix() for file in files] == [f"panels/00000{i}.png" for i in range(3)]
+    for number, file in enumerate(files):
+        panel = pixels(file)
+        assert panel.shape[:2] == (16 + 4, len(names) * 18 + 2)
+        for place, name in enumerate(names):
+            part = panel[2:-2, 2 + 18 * place : 18 + 18 * place][::2, ::2]
+            expected = ((batch[name][number] + 1) * 127.5).round().byte()
+            assert torch.equal(part, expected[0] if channels == 1 else expected.movedim(0, 2))
+        frame = panel.clone()
+        for place in range(len(names)):
+            frame[2:-2, 2 + 18 * place : 18 + 18 * place] = 255
+        assert (frame == 255).all()  # every image has a white frame
+        own = pixels(tmp_path / file.name)
+        assert own.shape[:2] == (8, 8)
+
+
+def test_the_overview_of_panels_is_the_same_from_files(tmp_path):
+    batch, writer = panels(5), ImageWriter()
+    (direct,) = writer.save(batch, tmp_path / "direct")
+    (collected,) = writer.collect(writer.save_each(batch, tmp_path), tmp_path / "collected")
+    assert torch.equal(pixels(direct), pixels(collected))
+    height, width = pixels(direct).shape
+    assert 0.5 < width / height < 2  # three panels of three images in a row, or so
+    assert not list(tmp_path.glob("panels/samples*"))

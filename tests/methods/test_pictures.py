@@ -28,7 +28,7 @@ def model(request: Any, tmp_path: Path) -> Any:
     module: Any = ScoreSDE(MLP(SPEC), SPEC, process=request.param, preconditioning=EDMPreconditioning(0.5))
     exact: Any = GaussianMixtureDenoiser(request.param, torch.zeros(1, 64), 0.25 * torch.eye(64)[None])
     exact.network = module.network
-    module.denoiser = exact
+    module.denoiser = module.guided = exact
     module.trainer = Trainer(run_dir=str(tmp_path), logger=False, accelerator="cpu")
     module.trainer.datamodule = Data()
     return module.eval()

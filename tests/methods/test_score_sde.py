@@ -55,7 +55,7 @@ def test_codes_interpolation_and_temperature_through_the_method():
     exact = GaussianMixtureDenoiser(process, torch.full((1, 3), 0.3), 0.16 * torch.eye(3)[None])
     sampler = ODESampler()
     model = method([3], process, sampler=sampler)
-    model.denoiser = model.guided = exact  # type: ignore[assignment]
+    model.denoiser = model.guided = exact
     x = 0.3 + 0.4 * Draw(0).normal((6, 3), torch.float64)
     codes = sampler.encode(model.denoiser, x)
     assert (sampler.decode(model.denoiser, codes) - x).abs().max() < 1e-3

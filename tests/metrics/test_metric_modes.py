@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_sgm.metrics import FrechetDistance, NGramJudge, TokenLikelihood, UnigramEntropy
+from lightning_sgm.metrics import BitsPerDim, FrechetDistance, NGramJudge, TokenLikelihood, UnigramEntropy
 
 
 def judge():
@@ -21,6 +21,7 @@ def feed_samples(x):
 TOKENS = torch.tensor([[0, 1, 1, 3], [2, 1, 0, 0]])
 CASES = [
     (TokenLikelihood, lambda metric: metric.update(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]), 4)),
+    (lambda: BitsPerDim(3), lambda metric: metric.update(torch.tensor([1.0, 2.0, 4.0]))),
     (FrechetDistance, feed_samples(torch.rand(5, 1, 2, 2))),
     (UnigramEntropy, feed_samples(TOKENS)),
     (judge, feed_samples(TOKENS)),
