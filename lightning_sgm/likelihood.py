@@ -30,10 +30,10 @@ class Likelihood:
     """ln p(x) of data under a model: ``Likelihood()(model.denoiser, x, Draw(0, keys=index))``.
 
     For every process, network and guided denoiser; gradients stay off. Drift and divergence come from one forward and
-    one backward pass of the network. The divergence is exact, or the
-    Skilling-Hutchinson estimate e^T J e with random e of unit covariance, drawn once per example: unbiased for ln p,
-    and exact for one Rademacher probe where the Jacobian J is diagonal. Probes of a ``Draw`` with keys depend on the
-    key alone. An example's value then depends on its batch only within the tolerance, as all share their steps.
+    one backward pass of the network. The divergence is exact, or the Skilling-Hutchinson estimate e^T J e with random e
+    of unit covariance, drawn once per example: unbiased for ln p, and exact for one Rademacher probe where the Jacobian
+    J is diagonal. Probes of a ``Draw`` with keys depend on the key alone. An example's value then depends on its batch
+    only within the tolerance, as all share their steps.
 
     State these beside a number; :meth:`describe` does:
 
