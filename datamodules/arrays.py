@@ -28,7 +28,7 @@ class ArrayDataModule(DataModule):
     same way for every ``seed``.
 
     ``spec``: kind "array", shape [*], classes (0 without ``labels``), mean and std (lists of D numbers for vectors, of
-    one otherwise), sigma_data 1.
+    one otherwise), sigma_data 1, dequantized (whether they are floats, which have densities).
 
     Args:
         dataset: points in the plane: "gaussians" (eight of standard deviation 0.2 on a circle of radius 2, classes by
@@ -78,6 +78,7 @@ class ArrayDataModule(DataModule):
             "mean": mean,
             "std": std,
             "sigma_data": 1.0,
+            "dequantized": self._values.dtype.kind == "f",
         }
 
     def load(self) -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from lightning_sgm.io.checkpoint import foreign_name, hyper_parameters
 from lightning_sgm.io.files import next_version
-from lightning_sgm.recipes import find
+from lightning_sgm.recipes import chain, read
 
 _RUN_DIR = "SGM_RUN_DIR"
 _LAST = ("last", "best")
@@ -93,6 +93,7 @@ def prepare(argv: list[str]) -> Invocation:
     Raises:
         FileNotFoundError: no such recipe or checkpoint.
         UsageError: an option without its value, or evaluation without a checkpoint.
+        RecipeError: a recipe that cannot be read.
     """
     invocation = Invocation(argv[0])
     checkpoint: str | None = None
@@ -123,38 +124,17 @@ def prepare(argv: list[str]) -> Invocation:
     return invocation
 
 
-def _add_config(invocation: Invocation, name: str, above: tuple[Path, ...] = ()) -> None:
-    """Add a recipe behind the one that it names as its ``base``; ``above`` are those that led here."""
-    path = find(name)
-    if path in above:
-        raise UsageError(f"{path} is its own base: {' -> '.join(map(str, [*above, path]))}")
-    invocation.recipe = invocation.recipe or path
-    values = _read_recipe(path)
-    if base := values.get("base"):
-        _add_config(invocation, str(base), (*above, path))
-    invocation.configs.append(str(path))
-    invocation.allow += _named_packages([yaml.safe_dump(values)])
-    trainer = values.get("trainer")
-    if isinstance(trainer, dict) and trainer.get("run_dir"):
-        invocation.run_dir = Path(trainer["run_dir"])
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    """The content of a YAML file.
-
-    Raises:
-        UsageError: it is no YAML, or no mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        raise UsageError(
-            f"{path} is no YAML{f', line {where.line + 1}' if where else ''}: {error.__class__.__name__}"
-        ) from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} is no recipe: it must hold sections such as model, data and trainer")
-    return values
+def _add_config(invocation: Invocation, name: str) -> None:
+    """Add a recipe behind those that it builds on."""
+    files = chain(name)
+    invocation.recipe = invocation.recipe or files[-1]
+    for path in files:
+        values = read(path)
+        invocation.configs.append(str(path))
+        invocation.allow += _named_packages([yaml.safe_dump(values)])
+        trainer = values.get("trainer")
+        if isinstance(trainer, dict) and trainer.get("run_dir"):
+            invocation.run_dir = Path(trainer["run_dir"])
 
 
 def _named_packages(texts: list[str]) -> list[str]:
@@ -262,7 +242,7 @@ def _check_same_method(stored: str, invocation: Invocation) -> None:
     """A checkpoint of one method cannot go on under the recipe of another."""
     wanted = _option(invocation.options, "--model")
     for config in invocation.configs:
-        model = _read_recipe(Path(config)).get("model")
+        model = read(Path(config)).get("model")
         if wanted is None and isinstance(model, dict):
             wanted = model.get("class_path")
     if wanted and wanted.rpartition(".")[2] != stored.rpartition(".")[2]:

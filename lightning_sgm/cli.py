@@ -22,6 +22,7 @@ from lightning_sgm.io.checkpoint import foreign_name
 from lightning_sgm.io.files import write_json
 from lightning_sgm.messages import Parser, one_line, quiet
 from lightning_sgm.methods.base import GenerativeModule
+from lightning_sgm.recipes import RecipeError
 from lightning_sgm.trainer import Trainer
 
 
@@ -37,6 +38,7 @@ class SaveConfig(SaveConfigCallback):
                 values = yaml.safe_load(path.read_text(encoding="utf-8"))
                 values["trainer"].pop("run_dir", None)
                 values.pop("ckpt_path", None)
+                values.pop("base", None)  # all of it is here
                 path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
@@ -140,7 +142,7 @@ def run(arguments: list[str]) -> int:
         if debug:
             traceback.print_exc()
         print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError | FileNotFoundError) else 1
+        return 2 if isinstance(error, UsageError | RecipeError | FileNotFoundError) else 1
     finally:
         if invocation is not None:
             _remove_if_unused(invocation.run_dir, before)

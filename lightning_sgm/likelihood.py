@@ -109,6 +109,8 @@ class Likelihood:
         """
         if not x.is_floating_point():
             raise ValueError(f"a likelihood is of continuous data, got {x.dtype}: dequantise and scale them")
+        if torch.finfo(x.dtype).bits < 32:
+            raise ValueError(f"a likelihood needs a model and data in float32, got {x.dtype}: set trainer.precision 32")
         course = Course(denoiser.process, self.t_min)
         noisy, clean = first(course.noisy), first(course.clean)
         _check_noise_end(denoiser, x, noisy, conditions)

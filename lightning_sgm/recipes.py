@@ -56,24 +56,60 @@ def find(name: str) -> Path:
     raise FileNotFoundError(f"no recipe or file {name!r}; {hint}")
 
 
-def content(name: str) -> dict[str, Any]:
-    """Sections of a recipe, laid over those of the recipes it builds on; ``name`` as :func:`find` takes it.
+class RecipeError(ValueError):
+    """A recipe that cannot be used."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The sections of a recipe's file.
 
     Raises:
-        FileNotFoundError: no such recipe.
-        ValueError: it is no YAML mapping.
+        RecipeError: it is no YAML, or no mapping.
     """
     import yaml
 
-    path = find(name)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {type(error).__name__}") from error
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise RecipeError(f"{path} is no YAML{line}: {type(error).__name__}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is no recipe: it must hold sections such as model, data and trainer")
-    base = values.pop("base", None)
-    return overlay(content(str(base)), values) if base else values
+        raise RecipeError(f"{path} is no recipe: it must hold sections such as model, data and trainer")
+    return values
+
+
+def chain(name: str, above: tuple[Path, ...] = ()) -> list[Path]:
+    """The files of the recipe ``name`` (as :func:`find` takes it) and of those it builds on, the first base first.
+
+    A ``base`` is a file beside the recipe, or anything that :func:`find` takes. ``above`` are those that led here.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        RecipeError: a recipe that cannot be read, or is its own base.
+    """
+    beside = above[-1].parent / name if above else Path(name)
+    path = beside if beside.is_file() else find(name)
+    if path.resolve() in [other.resolve() for other in above]:
+        raise RecipeError(f"{path} is its own base: {' -> '.join(map(str, [*above, path]))}")
+    base = read(path).get("base")
+    return [*(chain(str(base), (*above, path)) if base else []), path]
+
+
+def content(name: str) -> dict[str, Any]:
+    """Sections of a recipe, laid over those of the recipes it builds on; ``name`` as :func:`find` takes it.
+
+    The command line merges the same files with its parser. The two agree unless a recipe changes the class of a part
+    and the new class has arguments of the names that the old one was given: the parser keeps those.
+
+    Raises:
+        FileNotFoundError, RecipeError: see :func:`chain`.
+    """
+    values: dict[str, Any] = {}
+    for path in chain(name):
+        values = overlay(values, read(path))
+    values.pop("base", None)
+    return values
 
 
 def overlay(values: Any, changes: Any) -> Any:

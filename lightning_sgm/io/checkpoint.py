@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import pickle
 import re
@@ -100,7 +100,8 @@ def foreign_name(stored: Any, allow: Iterable[str] = ()) -> str | None:
     if re.fullmatch(r"\s*[A-Za-z_]\w*(\.[A-Za-z_]\w*)+\s*", stored):
         name = stored.strip()
         known = any(name == package or name.startswith(f"{package}.") for package in (*TRUSTED, *allow))
-        return None if known else name
+        # A file such as classifier.ckpt is no import: there is no such package. (Looking for one runs nothing.)
+        return None if known or importlib.util.find_spec(name.partition(".")[0]) is None else name
     try:
         inner = yaml.safe_load(stored)
     except yaml.YAMLError:

@@ -242,7 +242,7 @@ class GenerativeModule(LightningModule):
         """Judge samples and, as the floor, training data by the same metrics."""
         if self.metrics:
             values = judge(self, self.metrics, self.test_samples)
-            self.log_dict({f"test/{name}": value for name, value in values.items()})
+            self.log_dict({f"test/{name}": value for name, value in values.items()}, sync_dist=True)
 
     # Sampling.
 

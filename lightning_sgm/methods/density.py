@@ -26,7 +26,8 @@ class DensityTest(nn.Module):
 
     Args:
         likelihood: how they are computed.
-        spec: of the data: shape, levels and range, and whether they are dequantized.
+        spec: of the data: shape, levels and range of images, whether they are dequantized; std of standardised arrays,
+            whose density is given in their own units.
         examples: those with an index below this count; None for all.
 
     Raises:
@@ -35,7 +36,7 @@ class DensityTest(nn.Module):
 
     def __init__(self, likelihood: Likelihood, spec: dict[str, Any], examples: int | None = None) -> None:
         super().__init__()
-        if not spec.get("dequantized", True):
+        if not spec.get("dequantized", spec.get("kind") != "image"):
             raise ValueError(
                 "the likelihood of discrete data has no bound: set data.dequantize to true (and train with it), or "
                 "leave out model.likelihood"
@@ -45,13 +46,16 @@ class DensityTest(nn.Module):
         self.likelihood = copy.copy(likelihood)  # it counts evaluations
         self.examples = examples
         self.levels, self.range = spec.get("levels"), spec.get("range", [0.0, 1.0])
-        self.bits = BitsPerDim(math.prod(spec["shape"]), self.levels, self.range)
+        dimensions = math.prod(spec["shape"])
+        self.bits = BitsPerDim(dimensions, self.levels, self.range)
+        deviations = torch.tensor(spec.get("std", [1.0]), dtype=torch.float64)
+        self.log_volume = dimensions * float(deviations.log().mean())  # of the data's units in standardised ones
         self.evaluations, self.mean, self.square = ExampleMean(), ExampleMean(), ExampleMean()
 
     def describe(self, process: GaussianProcess) -> str:
         """What the numbers depend on, in one line."""
         who = "all test examples" if self.examples is None else f"the first {self.examples} test examples"
-        cells = "continuous data" if self.levels is None else f"{self.levels} levels in {list(self.range)}"
+        cells = f"{self.levels} levels in {list(self.range)}" if self.levels else "continuous data in their own units"
         return f"bits/dim of {who}, {cells}: {self.likelihood.describe(process)}"
 
     def update(self, module: GenerativeModule, denoiser: BaseDenoiser, batch: Batch) -> None:
@@ -63,7 +67,7 @@ class DensityTest(nn.Module):
         if not len(x):
             return
         draw = module.evaluation_draw(batch).fork(_PROBES)
-        self.bits.update(self.likelihood(denoiser, x, draw, **module.conditions(batch)))
+        self.bits.update(self.likelihood(denoiser, x, draw, **module.conditions(batch)) - self.log_volume)
         self.evaluations.update(torch.full((len(x),), float(self.likelihood.evaluations), device=x.device))
         self.mean.update(x.flatten(1).double().mean(1))
         self.square.update(x.flatten(1).double().square().mean(1))

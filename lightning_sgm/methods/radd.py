@@ -95,7 +95,7 @@ class RADD(GenerativeModule):
 
     def on_test_epoch_end(self) -> None:
         """Perplexity and bits with standard errors, then the samples' metrics."""
-        self.log_dict({f"test/{name}": value for name, value in self.likelihood.compute().items()})
+        self.log_dict({f"test/{name}": value for name, value in self.likelihood.compute().items()}, sync_dist=True)
         self.likelihood.reset()
         super().on_test_epoch_end()
 

@@ -25,6 +25,7 @@ from lightning_sgm.processes.gaussian import VP, GaussianProcess
 from lightning_sgm.random import Draw
 from lightning_sgm.samplers.evaluation import first
 from lightning_sgm.samplers.loop import Sampler
+from lightning_sgm.samplers.ode import ODESampler
 
 
 class ScoreSDE(GenerativeModule):
@@ -35,7 +36,7 @@ class ScoreSDE(GenerativeModule):
         process: how data become noise; VP by default.
         preconditioning: what the network predicts; noise, as for the paper's VP models, by default.
         objective: law of t and weights of the loss.
-        sampler: rule, grid and hooks that run time backwards.
+        sampler: rule, grid and hooks that run time backwards, or an adaptive solver of the probability-flow ODE.
         guidance: makes another denoiser of the model's for sampling, such as
             :class:`~lightning_sgm.guidance.ClassifierFree`.
         label: class of all samples, in 0 .. K - 1; "unconditional" or K for no class; None for all classes in turn.
@@ -44,7 +45,8 @@ class ScoreSDE(GenerativeModule):
             scratch. Checkpoints do not keep it: say it again to each command.
         likelihood: how ``test`` finds the bits per dimension of the data under the model without guidance; None: it
             does not. Each example costs about a hundred evaluations.
-        likelihood_examples: of how many test examples, the first ones; None for all.
+        likelihood_examples: of how many test examples, the first ones; None for all. Both follow the checkpoint in
+            ``test``: give them as options.
         spec, optimizer, warmup, decay, exact, drop, metrics, test_samples: see :class:`GenerativeModule`; Adam at 2e-4
             with 5000 updates of warm-up as in the paper.
     """
@@ -56,7 +58,7 @@ class ScoreSDE(GenerativeModule):
         process: GaussianProcess = VP(),
         preconditioning: Preconditioning = Preconditioning(),
         objective: DenoisingObjective = DenoisingObjective(),
-        sampler: Sampler = Sampler(),
+        sampler: Sampler | ODESampler = Sampler(),
         guidance: Callable[[BaseDenoiser], BaseDenoiser] | None = None,
         label: int | Literal["unconditional"] | None = None,
         task: Task | None = None,
@@ -136,7 +138,8 @@ class ScoreSDE(GenerativeModule):
     def on_test_epoch_end(self) -> None:
         """Bits per dimension, then the samples' metrics."""
         if self.density is not None:
-            self.log_dict({f"test/{name}": value for name, value in self.density.compute(self.process).items()})
+            found = self.density.compute(self.process)
+            self.log_dict({f"test/{name}": value for name, value in found.items()}, sync_dist=True)
             self.density.reset()
         super().on_test_epoch_end()
 

@@ -15,6 +15,7 @@ from lightning_sgm.networks.base import Spec
 from lightning_sgm.random import Draw
 from lightning_sgm.samplers.known import Replacement
 from lightning_sgm.samplers.loop import Sampler
+from lightning_sgm.samplers.ode import ODESampler
 
 if TYPE_CHECKING:
     from lightning_sgm.methods.base import Batch
@@ -54,12 +55,21 @@ class Task:
         self.iterations, self.noise = iterations, noise
         self._read: Tensor | None = None
 
-    def operator(self, shape: tuple[int, ...], draw: Draw) -> LinearOperator:
-        """What is measured of samples of ``shape`` (n, *); ``draw`` for what differs from sample to sample."""
+    def operator(self, shape: tuple[int, ...], indices: Tensor, draw: Draw) -> LinearOperator:
+        """What is measured of samples of ``shape`` (n, *), numbered ``indices`` (n,).
+
+        ``draw`` is for what is random and differs from sample to sample.
+        """
         raise NotImplementedError
 
     def solve(
-        self, denoiser: BaseDenoiser, sampler: Sampler, spec: Spec, indices: Tensor, draw: Draw, **conditions: Any
+        self,
+        denoiser: BaseDenoiser,
+        sampler: Sampler | ODESampler,
+        spec: Spec,
+        indices: Tensor,
+        draw: Draw,
+        **conditions: Any,
     ) -> Batch:
         """Samples (n, *) of the posterior as "x".
 
@@ -82,7 +92,7 @@ class Task:
         shape = (len(indices), *spec["shape"])
         low, high = spec.get("range", (-1.0, 1.0))
         middle = torch.full(shape, 0.5 * (low + high), device=draw.device)
-        operator = self.operator(shape, draw.fork(_MASK))
+        operator = self.operator(shape, indices, draw.fork(_MASK))
         measured = operator.measure(middle).shape
         y = self._images([shape[1:], measured[1:]], indices, low, high).to(draw.device)
         truth = {}
@@ -97,7 +107,7 @@ class Task:
     def _run(
         self,
         denoiser: BaseDenoiser,
-        sampler: Sampler,
+        sampler: Sampler | ODESampler,
         operator: LinearOperator,
         y: Tensor,
         shape: tuple[int, ...],
@@ -117,13 +127,14 @@ class Task:
             around = Replacement(operator, y).around(sampler)
             x = around(denoiser, shape, draw, **conditions)
             sampler.evaluations = around.evaluations
-        finished = getattr(sampler, "finish", "clean") != "state"
-        return operator.replace(x, y) if finished and not self.noise else x
+        return x if self.noise or sampler.finish == "state" else operator.replace(x, y)
 
     def _images(self, shapes: list[tuple[int, ...]], indices: Tensor, low: float, high: float) -> Tensor:
         """The images of samples ``indices``, (n, *) with one of ``shapes`` (*)."""
         if isinstance(self.images, Tensor):
             images = self.images
+            if not images.is_floating_point():
+                raise ValueError(f"images of a task are floats in the range [{low:g}, {high:g}], got {images.dtype}")
             if not len(images) or images.shape[1:] not in shapes:
                 wanted = " or ".join(dict.fromkeys(f"(N, {', '.join(map(str, shape))})" for shape in shapes))
                 raise ValueError(f"images of a task must have the shape {wanted}, got {tuple(images.shape)}")
@@ -139,8 +150,8 @@ class Inpaint(Task):
     Args:
         images: see :class:`Task`; whole images, of which the unknown pixels are not looked at.
         mask: a picture, white where pixels are known; or what is known by name: "left", "right", "top", "bottom",
-            "center" (all but a box in the center), "random" (other pixels for every sample); or from Python a tensor,
-            see :class:`~lightning_sgm.guidance.Mask`.
+            "center" (all but a box in the center), "random" (other pixels for every sample); or from Python a tensor:
+            one mask as :class:`~lightning_sgm.guidance.Mask` takes it, or (N, *) with mask i modulo N for sample i.
         share: known part of the image, in (0, 1), for masks given by name.
         method, iterations: see :class:`Task`.
     """
@@ -158,10 +169,11 @@ class Inpaint(Task):
             raise ValueError(f"share of the known pixels must lie strictly between 0 and 1, got {share}")
         self.mask, self.share = mask, share
 
-    def operator(self, shape: tuple[int, ...], draw: Draw) -> LinearOperator:
+    def operator(self, shape: tuple[int, ...], indices: Tensor, draw: Draw) -> LinearOperator:
         """The mask."""
         if isinstance(self.mask, Tensor):
-            return Mask(self.mask)
+            each = self.mask.ndim == len(shape)
+            return Mask(self.mask[indices.to(self.mask.device) % len(self.mask)] if each else self.mask)
         if len(shape) != 4:
             raise ValueError(f"the mask {self.mask!r} is for images (C, H, W): give a tensor for shape {shape[1:]}")
         height, width = shape[2:]
@@ -188,7 +200,7 @@ class Colourise(Task):
     def __init__(self, images: str | Tensor, method: Way = "posterior", iterations: int = 3) -> None:
         super().__init__(images, method, iterations)
 
-    def operator(self, shape: tuple[int, ...], draw: Draw) -> LinearOperator:
+    def operator(self, shape: tuple[int, ...], indices: Tensor, draw: Draw) -> LinearOperator:
         """The mean of the channels."""
         return Gray(shape[1])
 
@@ -213,7 +225,7 @@ class Restore(Task):
         super().__init__(images, method, iterations, noise)
         self._operator = operator
 
-    def operator(self, shape: tuple[int, ...], draw: Draw) -> LinearOperator:
+    def operator(self, shape: tuple[int, ...], indices: Tensor, draw: Draw) -> LinearOperator:
         """The measurement."""
         return self._operator
 

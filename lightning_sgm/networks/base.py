@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -66,6 +67,18 @@ def image_sides(spec: Spec, levels: int, user: str) -> list[tuple[int, int]]:
             f"give channels for fewer levels or resize the images"
         )
     return [(shape[1] >> i, shape[2] >> i) for i in range(levels)]
+
+
+def attended(sides: Sequence[tuple[int, int]], attention: Sequence[int], user: str) -> list[bool]:
+    """Whether each level of a pyramid is as high as one of ``attention``; warns of a height that no level has."""
+    heights = [height for height, _ in sides]
+    if missing := [height for height in attention if height not in heights]:
+        warnings.warn(
+            f"{user} has no level of height {missing[0]}, so there is no attention for it: its levels are "
+            f"{', '.join(map(str, heights))} high",
+            stacklevel=3,
+        )
+    return [height in attention for height in heights]
 
 
 def class_count(spec: Spec, conditional: bool) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_sgm.networks.base import Network, Spec, class_count, entry, image_sides
+from lightning_sgm.networks.base import Network, Spec, attended, class_count, entry, image_sides
 from lightning_sgm.networks.embed import EmbeddingKind, SinusoidalEmbedding, sin_cos
 from lightning_sgm.networks.resample import down, down_with_weights, up, up_with_weights
 from lightning_sgm.networks.score_blocks import (
@@ -88,7 +88,7 @@ class NCSNpp(Network):
         sides = image_sides(spec, len(channels), name)
         self.classes = class_count(spec, conditional)
         _check(name, channels, embedding, block, input_pyramid, output_pyramid)
-        self.attend = [height in attention for height, _ in sides]
+        self.attend = attended(sides, attention, name)
         self.layers_per_block, self.rescale, self.fir, self.block = layers_per_block, rescale, fir, block
         self.input_pyramid, self.output_pyramid = input_pyramid, output_pyramid
         width = channels[0]

@@ -39,10 +39,10 @@ def convolution(
     return layer
 
 
-def norm(channels: int) -> nn.GroupNorm:
+def norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
     """Group norm with the largest number of groups up to min(channels / 4, 32) which divides the channels."""
     most = max(min(channels // 4, 32), 1)
-    return nn.GroupNorm(next(groups for groups in range(most, 0, -1) if channels % groups == 0), channels, eps=1e-6)
+    return nn.GroupNorm(next(groups for groups in range(most, 0, -1) if channels % groups == 0), channels, eps=eps)
 
 
 def merge(x: Tensor, h: Tensor, rescale: bool) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_sgm.networks.base import Network, Spec, class_count, entry, image_sides
+from lightning_sgm.networks.base import Network, Spec, attended, class_count, entry, image_sides
 from lightning_sgm.networks.embed import EmbeddingKind, label_embedding
 
 
@@ -60,7 +60,7 @@ class UNet(Network):
         sides = image_sides(spec, len(channels), "UNet")
         self.classes = class_count(spec, conditional)
         self.conditions = ("label",) if conditional else ()
-        kinds = ["Attn" if height in attention else "" for height, _ in sides]
+        kinds = ["Attn" if attend else "" for attend in attended(sides, attention, "UNet")]
         groups = _groups(channels)
         self.model = UNet2DModel(
             sample_size=tuple(shape[1:]),

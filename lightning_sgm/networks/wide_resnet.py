@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from lightning_sgm.networks.base import Network, Spec, entry
 from lightning_sgm.networks.embed import FourierEmbedding
+from lightning_sgm.networks.score_blocks import norm
+
+_EPS = 1e-5
 
 
 class WideResNet(Network):
@@ -78,7 +81,7 @@ class WideResNet(Network):
                 stride = 2 if group > 0 and block == 0 else 1
                 self.blocks.append(_Block(before, width, stride, embedding, dropout))
                 before = width
-        self.norm = _norm(before)
+        self.norm = norm(before, _EPS)
         self.last = nn.Linear(before, spec["classes"])
 
     def forward(self, x: Tensor, noise: Tensor, /) -> Tensor:
@@ -111,7 +114,7 @@ class _Block(nn.Module):
     def __init__(self, before: int, width: int, stride: int, embedding: int, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
-        self.norm1, self.norm2 = _norm(before), _norm(width)
+        self.norm1, self.norm2 = norm(before, _EPS), norm(width, _EPS)
         self.conv1 = nn.Conv2d(before, width, 3, stride, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.shift = nn.Linear(embedding, width)
@@ -121,10 +124,6 @@ class _Block(nn.Module):
         h = self.conv1(F.silu(self.norm1(x))) + self.shift(embedded)[:, :, None, None]
         h = F.dropout(F.silu(self.norm2(h)), self.dropout, self.training)
         return self.shortcut(x) + self.conv2(h)
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(channels // 4, 32), channels, eps=1e-5)
 
 
 def _check(shape: Sequence[int], classes: int, widths: Sequence[int], blocks: int, stem: int) -> None:

@@ -6,6 +6,7 @@ the process does: a last step to no noise at all is the sampler's (``finish="cle
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -48,15 +49,22 @@ class UniformTime(Grid):
         return torch.linspace(1.0, process.t_min if self.t_min is None else self.t_min, steps + 1, dtype=torch.float64)
 
 
-def _check_ratios(ratio_min: float, ratio_max: float) -> None:
-    if not 0 < ratio_min < ratio_max:
+_MOST, _ENOUGH = 1e4, 80.0
+
+
+def _check_ratios(ratio_min: float, ratio_max: float | None) -> None:
+    if not 0 < ratio_min < (math.inf if ratio_max is None else ratio_max):
         raise ValueError(f"a grid needs 0 < ratio_min < ratio_max, got {ratio_min} and {ratio_max}")
 
 
-def _reachable(process: GaussianProcess, ratio_min: float, ratio_max: float) -> tuple[float, float]:
-    """The part of [ratio_min, ratio_max] that ``process`` covers (sigma / alpha may be infinite at t = 1)."""
-    low = max(ratio_min, float(process.level(process.t_min).ratio))
-    high = min(ratio_max, float(process.level(1.0).ratio))
+def _reachable(process: GaussianProcess, ratio_min: float, ratio_max: float | None) -> tuple[float, float]:
+    """The part of [ratio_min, ratio_max] that ``process`` covers."""
+    low, own = (float(process.level(t).ratio) for t in (process.t_min, 1.0))
+    low = max(ratio_min, low)
+    if ratio_max is None:
+        # Starting lower would leave out the largest features of large images: their values add up.
+        ratio_max = own if own <= _MOST else _ENOUGH
+    high = min(ratio_max, own)
     if not low < high:
         raise ValueError(
             f"no level of {type(process).__name__} lies between the grid's sigma / alpha of {ratio_min} and "
@@ -74,10 +82,11 @@ class LogUniform(Grid):
 
     Args:
         ratio_min: smallest sigma / alpha; the process's own at t_min where that is larger.
-        ratio_max: largest sigma / alpha; the process's own at t = 1 where that is smaller.
+        ratio_max: largest sigma / alpha; the process's own at t = 1 where that is smaller. None: that, or 80 where it
+            is above 10^4 (flow, cosine: infinite).
     """
 
-    def __init__(self, ratio_min: float = 0.002, ratio_max: float = 80.0) -> None:
+    def __init__(self, ratio_min: float = 0.002, ratio_max: float | None = None) -> None:
         _check_ratios(ratio_min, ratio_max)
         self.ratio_min, self.ratio_max = ratio_min, ratio_max
 
@@ -93,10 +102,11 @@ class Karras(Grid):
     Args:
         rho: how much the steps shorten towards the data; 7 in the paper.
         ratio_min: smallest sigma / alpha; the process's own at t_min where that is larger.
-        ratio_max: largest sigma / alpha; the process's own at t = 1 where that is smaller.
+        ratio_max: largest sigma / alpha; the process's own at t = 1 where that is smaller. None: that, or 80 where it
+            is above 10^4 (flow, cosine: infinite).
     """
 
-    def __init__(self, rho: float = 7.0, ratio_min: float = 0.002, ratio_max: float = 80.0) -> None:
+    def __init__(self, rho: float = 7.0, ratio_min: float = 0.002, ratio_max: float | None = None) -> None:
         _check_ratios(ratio_min, ratio_max)
         if rho <= 0:
             raise ValueError(f"rho of the Karras grid must be positive, got {rho}")

@@ -31,9 +31,10 @@ class Sampler:
         grid: the levels.
         before: hooks at a step's first level, in front of the rule (Langevin correctors, as in Song et al.'s code).
         after: hooks at the level that a step reached.
-        finish: "clean": the last of the N steps removes all noise, by x_0 itself unless the rule knows better.
-            "mean": all steps are among noisy levels, and the last adds no noise (Song et al.'s code). "state": the
-            same with noise, a sample of the process at the grid's last level.
+        finish: "clean": the last of the N steps removes all noise, by x_0 itself unless the rule knows better
+            (Tweedie's formula, what the last step of Song et al.'s code is for VE). "mean": all steps are among noisy
+            levels, and the last adds no noise; that of the grid's last level stays. "state": the same with noise, a
+            sample of the process at that level.
 
     Attributes:
         evaluations: network evaluations in the last call, per sample (guidance counts what it asks).

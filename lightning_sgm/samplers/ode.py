@@ -139,11 +139,12 @@ class ODESampler:
 
         begin, end = (course.end, course.begin) if back else (course.begin, course.end)
         scaled = per_component(lambda part, level: part.double() / size(level), x, course.level(begin))
-        level, _, reached = state(end, self.integrate(slope, _pack(scaled), begin, end, watch))
-        if clean:
-            reached = evaluate(reached, level)
-            if on_step is not None:
-                on_step(steps, per_component(lambda part: CLEAN, course.process), reached)
+        packed = _pack(scaled)
+        with torch.autocast(packed.device.type, enabled=False):  # half precision would never meet the tolerance
+            level, _, reached = state(end, self.integrate(slope, packed, begin, end, watch))
+            reached = evaluate(reached, level) if clean else reached
+        if clean and on_step is not None:
+            on_step(steps, per_component(lambda part: CLEAN, course.process), reached)
         self.evaluations = evaluate.count
         return reached
 

@@ -83,7 +83,7 @@ def test_test_reports_samples_and_floor(cli, tmp_path: Path):
     assert code == 0, err
     numbers = json.loads((tmp_path / "runs/score_sde/version_0/test.json").read_text())
     assert 0 < numbers["test/floor/frechet_pixels"] < numbers["test/samples/frechet_pixels"]
-    assert numbers["test/samples/evaluations"] == 5  # Heun, 3 steps, the last one clean
+    assert numbers["test/samples/evaluations"] == 3
 
 
 def test_perplexity_has_a_standard_error(cli, tmp_path: Path):

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_sgm.callbacks import EMA
-from lightning_sgm.io.checkpoint import AtomicCheckpointIO, hyper_parameters, load, read_checkpoint
+from lightning_sgm.io.checkpoint import AtomicCheckpointIO, foreign_name, hyper_parameters, load, read_checkpoint
 from tests.io.models import Data, Model, Net, Plain
 
 ALLOW = ("lightning_sgm", "tests.io.models")
@@ -314,3 +314,9 @@ def test_limits_of_imports_end_with_the_loading(checkpoint: Path):
 def test_class_that_is_not_there_is_named(checkpoint: Path, class_path: str, reason: str):
     with pytest.raises(ValueError, match=f"{class_path}, which .*{reason}|{reason}"):
         load(edited(checkpoint, _class_path=class_path), allow=("tests.io",))
+
+
+def test_files_are_no_imports():
+    """A name whose first part is no module cannot be imported; a stored path may look like one."""
+    assert foreign_name({"classifier": "classifier.ckpt", "path": "last.ckpt"}) is None
+    assert foreign_name({"network": "os.system"}) == "os.system"

@@ -18,6 +18,7 @@ from lightning_sgm.io.released.configurations import CONFIGURATIONS, named, side
 from lightning_sgm.io.released.model import image_spec, save
 from lightning_sgm.io.released.score_sde import identify, import_score_sde, read
 from lightning_sgm.methods import ScoreSDE
+from lightning_sgm.samplers import Sampler
 from tests.io.released_files import content, network, recipe, shrunk, write
 
 VP, SUBVP, DDPM = (f"paper/score_sde_cifar10_{name}" for name in ("ddpmpp_vp", "ddpmpp_subvp", "ddpm"))
@@ -322,6 +323,7 @@ def test_every_kind_of_model_can_be_built_and_its_levels_visited(tmp_path: Path,
     model = save(import_score_sde(tmp_path / "released.pth", name), tmp_path / "ours.ckpt")
     assert isinstance(model, ScoreSDE)
     levels = model.sampler.levels(model.process)
+    assert isinstance(model.sampler, Sampler)
     assert len(levels) == model.sampler.steps + 1
     assert math.isclose(float(levels[0].t), 1.0)
     hyper_parameters(tmp_path / "ours.ckpt")

@@ -117,3 +117,22 @@ def test_the_command_line_prints_bits_per_dim(cli, tmp_path):
     assert code != 0
     assert "set data.dequantize to true" in err
     assert "Traceback" not in err
+
+
+def test_standardised_arrays_are_judged_in_their_own_units(batch):
+    """A density of x in units of 1 / s is s times smaller, whatever the shape."""
+    scales = [2.0, 0.5, 8.0]
+    x = batch["x"][:, :, 0, 0]
+    found = []
+    for std in ([1.0], scales, [4.0]):
+        spec = {"kind": "array", "shape": [3], "mean": [0.0], "std": std, "dequantized": True}
+        test = DensityTest(Likelihood(), spec)
+        test.update(cast(Any, Method()), gaussian(VP(), 3), {"x": x, "index": batch["index"]})
+        found.append(float(test.compute(VP())["bits_per_dim"]))
+    assert found[1] - found[0] == pytest.approx(math.log2(8) / 3, abs=1e-9)
+    assert found[2] - found[0] == pytest.approx(2, abs=1e-9)
+
+
+def test_images_of_which_nobody_says_that_they_are_dequantised_are_refused():
+    with pytest.raises(ValueError, match=r"set data\.dequantize to true"):
+        DensityTest(Likelihood(), {key: value for key, value in SPEC.items() if key != "dequantized"})

@@ -82,7 +82,7 @@ def test_noise_is_added_to_whole_images_only():
     [("left", 32), ("right", 32), ("top", 32), ("bottom", 32), ("center", 64 - 36)],
 )
 def test_named_masks(name: str, known: int):
-    mask = Inpaint("unread", name).operator((5, 1, 8, 8), Draw(0))
+    mask = Inpaint("unread", name).operator((5, 1, 8, 8), torch.arange(5), Draw(0))
     assert isinstance(mask, Mask)
     assert int(mask.known.sum()) == known
     corner = {"left": (0, 0), "right": (0, 7), "top": (0, 0), "bottom": (7, 0), "center": (0, 0)}[name]
@@ -92,7 +92,8 @@ def test_named_masks(name: str, known: int):
 
 
 def test_random_masks_know_their_share_and_differ():
-    mask = Inpaint("unread", "random", share=0.3).operator((200, 3, 8, 8), Draw(0, keys=torch.arange(200)))
+    count = torch.arange(200)
+    mask = Inpaint("unread", "random", share=0.3).operator((200, 3, 8, 8), count, Draw(0, keys=count))
     assert isinstance(mask, Mask)
     assert mask.known.shape == (200, 1, 8, 8)
     assert mask.known.float().mean() == pytest.approx(0.3, abs=0.02)
@@ -196,7 +197,7 @@ def test_unusable_tasks_are_refused():
     with pytest.raises(FileNotFoundError, match="no mask laft"):
         model(DIGITS, Inpaint(image, "laft")).generate(1)
     module = model(DIGITS, Inpaint(image, method="replacement"))
-    module.sampler = ODESampler()  # type: ignore[assignment]
+    module.sampler = ODESampler()
     with pytest.raises(ValueError, match="set method to posterior"):
         module.generate(1)
 
@@ -204,5 +205,26 @@ def test_unusable_tasks_are_refused():
 def test_solvers_without_steps_serve_the_posterior():
     module = model(DIGITS, Inpaint(torch.rand(1, 1, 8, 8), "left"))
     assert isinstance(module.guided, Denoiser)
-    module.sampler = ODESampler(rtol=1e-1, atol=1e-1)  # type: ignore[assignment]
+    module.sampler = ODESampler(rtol=1e-1, atol=1e-1)
     assert module.generate(1)["x"].isfinite().all()
+
+
+def test_masks_of_their_own_follow_the_sample_numbers():
+    images = torch.arange(12.0).view(6, 1, 1, 2) / 10
+    masks = torch.tensor([[1, 0], [0, 1], [1, 1]]).view(3, 1, 1, 2)
+    task = Inpaint(images, masks)
+
+    def before(numbers):
+        index = torch.tensor(numbers)
+        return task.solve(two_pixels(), Sampler(steps=2), PIXELS, index, Draw(0, keys=index))["before"]
+
+    everything = before([0, 1, 2, 3, 4, 5])
+    assert torch.equal(before([1, 3, 5]), everything[1::2])
+    assert torch.equal(everything, torch.where(masks.repeat(2, 1, 1, 1) != 0, images, 0.0))
+
+
+def test_images_in_bytes_are_refused():
+    with pytest.raises(ValueError, match="floats in the range"):
+        Inpaint(torch.zeros(1, 1, 1, 2, dtype=torch.uint8)).solve(
+            two_pixels(), Sampler(), PIXELS, torch.arange(1), Draw(0, keys=torch.arange(1))
+        )

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_sgm.networks.base import build, entry
+from lightning_sgm.networks.base import attended, build, entry
 from lightning_sgm.networks.mlp import MLP
 from lightning_sgm.testing import check_network
 
@@ -36,3 +36,10 @@ def test_mlp_starts_at_zero_and_learns_the_label():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05 * (x[:, 0] * label).square().mean().item()
+
+
+def test_attention_where_there_is_no_level_is_told():
+    sides = [(28, 28), (14, 14), (7, 7)]
+    assert attended(sides, [14], "UNet") == [False, True, False]
+    with pytest.warns(UserWarning, match="UNet has no level of height 16, .* levels are 28, 14, 7 high"):
+        assert attended(sides, [16, 7], "UNet") == [False, False, True]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_sgm.processes.gaussian import EDM, VE, VP, Flow
+from lightning_sgm.processes.gaussian import EDM, VE, VP, Cosine, Flow
 from lightning_sgm.samplers import Karras, LogUniform, UniformTime
 from tests.samplers.exact import PROCESSES
 
@@ -45,7 +45,7 @@ def test_karras_is_their_table(process):
     expected = [
         (80 ** (1 / rho) + i / (steps - 1) * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho for i in range(steps)
     ]
-    found = [float(level.ratio) for level in Karras()(process, steps - 1)]
+    found = [float(level.ratio) for level in Karras(ratio_max=80.0)(process, steps - 1)]
     assert found == pytest.approx(expected, rel=1e-8)
 
 
@@ -92,3 +92,15 @@ def test_components_share_times():
 def test_bad_values(make):
     with pytest.raises(ValueError):
         make()
+
+
+@pytest.mark.parametrize("grid", [LogUniform(), Karras()])
+def test_grids_start_with_the_prior_where_it_is_finite(grid):
+    for process, expected in (
+        (VE(0.02, 756.0), 756.0),
+        (VP(), 152.17),
+        (EDM(), 80.0),
+        (Flow(), 80.0),
+        (Cosine(), 80.0),
+    ):
+        assert float(grid(process, 5)[0].ratio) == pytest.approx(expected, rel=1e-4)

@@ -345,3 +345,21 @@ def test_paths_between_codes_stay_among_the_data():
     torch.testing.assert_close(between[[0, 2]], data, rtol=0, atol=1e-3)
     spread = (between - MEAN).norm(dim=1) / (STD * 8.0)
     assert float(spread[1]) == pytest.approx(float(0.5 * (spread[0] + spread[2])), rel=0.05)
+
+
+def test_autocast_does_not_slow_the_solver():
+    """A network in half precision would never meet the tolerance."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.Tanh(), torch.nn.Linear(64, 3))
+
+    class Untrained(BaseDenoiser):
+        def x0(self, x, t, **conditions):
+            return network(x)
+
+    sampler, found, counts = ODESampler(), [], []
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(sampler(Untrained(VP()), (4, 3), Draw(0)))
+        counts.append(sampler.evaluations)
+    assert counts[0] == counts[1]
+    assert torch.equal(*found)

@@ -51,6 +51,7 @@ def image_spec(channels: int, side: int, levels: int = 256) -> dict[str, Any]:
         "levels": levels,
         "range": [-1.0, 1.0],
         "sigma_data": None,
+        "dequantized": False,
     }
 
 
