@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_sgm.methods.base import Batch
 
 Way = Literal["posterior", "replacement"]
-_MASK, _NOISE = 1, 2  # purposes of random numbers
+_MASK, _NOISE, _SAMPLE = 1, 2, 3  # purposes of random numbers
 
 
 class Task:
@@ -101,7 +101,8 @@ class Task:
             if self.noise:
                 y = y + operator.inverse(self.noise * draw.fork(_NOISE).normal(measured))
             y = operator.measure(y)
-        x = self._run(denoiser, sampler, operator, y, shape, draw, conditions)
+        # Not the noise of samples from scratch: they may be what is completed, and would come out again.
+        x = self._run(denoiser, sampler, operator, y, shape, draw.fork(_SAMPLE), conditions)
         return {"x": x, "before": operator.replace(middle, y), **truth}
 
     def _run(
