@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import tempfile
@@ -19,6 +20,7 @@ from lightning_sgm.recipes import chain, read
 
 _RUN_DIR = "SGM_RUN_DIR"
 _LAST = ("last", "best")
+_PARTS = ("--model.", "--data.")
 
 
 class UsageError(ValueError):
@@ -62,7 +64,7 @@ class Invocation:
             given.append(f"--trainer.run_dir={self.run_dir}")
         if self.checkpoint is not None:
             given.append(f"--ckpt_path={self.checkpoint}")
-        return [self.command, *given, *self.options]
+        return [self.command, *given, *_with_nulls(self.options)]
 
     def _own_config(self) -> list[str]:
         """config.yaml of the run that a fit goes on with: trainer, seed and all."""
@@ -149,6 +151,26 @@ def _named_packages(texts: list[str]) -> list[str]:
 def _is_value(options: list[str]) -> bool:
     """Whether the next argument is the value of the option before it."""
     return bool(options) and options[-1].startswith("--") and "=" not in options[-1]
+
+
+def _with_nulls(options: list[str]) -> list[str]:
+    """The options, with each that sets a value inside of a part to null as a recipe of its own in the same place.
+
+    jsonargparse 4.53 takes null for text there: "Expected a <class 'float'>".
+    """
+    found: list[str] = []
+    for option in options:
+        if option == "null" and found and found[-1].startswith(_PARTS) and "=" not in found[-1]:
+            option = f"{found.pop()}=null"
+        key, _, value = option.partition("=")
+        names = [name for name in key.removeprefix("--").split(".") if name != "init_args"]
+        if value == "null" and key.startswith(_PARTS) and len(names) > 2:
+            recipe: Any = None
+            for name in reversed(names[1:]):
+                recipe = {"init_args": {name: recipe}}
+            option = f"--config={json.dumps({names[0]: recipe})}"
+        found.append(option)
+    return found
 
 
 def _option(options: list[str], name: str) -> str | None:

@@ -43,6 +43,24 @@ def test_a_yaml_file_may_be_the_value_of_an_option():
     assert got.options == ["--model.network", "net.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (("--model.sampler.grid.ratio_max", "null"), "ratio_max"),
+        (("--model.sampler.grid", "UniformTime", "--model.sampler.grid.t_min=null"), "t_min"),
+        (("--model.sampler.init_args.before", "null", "--model.label=null"), "before"),
+    ],
+)
+def test_a_value_inside_of_a_part_can_be_set_to_null(cli, options: tuple[str, ...], name: str):
+    recipe = Path("mine.yaml")
+    recipe.write_text(
+        "base: score_sde\nmodel:\n  init_args:\n    sampler:\n      init_args:\n        before: [Clamp]\n"
+    )
+    code, out, err = cli("fit", recipe, "--model.sampler.grid.ratio_max=7", *options, "--print_config")
+    assert code == 0, err
+    assert f"{name}: null" in out
+
+
 def test_new_runs_are_numbered():
     assert prepare(["fit", "--config", "radd"]).run_dir == Path("runs/radd/version_0")
     Path("runs/radd/version_11").mkdir(parents=True)
