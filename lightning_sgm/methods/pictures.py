@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_sgm.methods.score_sde import ScoreSDE
 
 _STRIPS, _FRAMES, _TILE, _NOISY = 6, 10, 64, 5.0
-_LEVELS, _EXAMPLES = 24, 64
+_LEVELS, _EXAMPLES, _VALUES = 24, 64, 8192
 
 
 def denoising_strips(module: ScoreSDE) -> Batch:
@@ -47,7 +48,8 @@ def loss_curve(module: ScoreSDE) -> Curve | None:
     data: Any = getattr(module.trainer, "datamodule", None)
     if data is None or not hasattr(data, "examples"):
         return None
-    batch = {name: value.to(module.device) for name, value in data.examples("val", _EXAMPLES).items()}
+    count = max(_EXAMPLES, _VALUES // math.prod(module.spec["shape"]))  # small examples are many, or the curve is rough
+    batch = {name: value.to(module.device) for name, value in data.examples("val", count).items()}
     x, count = batch["x"], len(batch["x"])
     ends = [float(-0.5 * module.process.log_snr(as_time(t))) for t in (module.process.t_min, 1.0 - 1e-3)]
     log_ratio = torch.linspace(max(ends[0], -8.0), min(ends[1], 8.0), _LEVELS, dtype=torch.float64)
