@@ -109,7 +109,7 @@ def check_rule(rule: Rule, process: GaussianProcess = VP(), steps: int = 200, to
     name = f"{type(rule).__name__} on {type(process).__name__}"
     mean, covariance = torch.tensor([0.3, -0.2]).double(), torch.tensor([[0.25, 0.12], [0.12, 0.16]]).double()
     denoiser = GaussianMixtureDenoiser(process, mean[None], covariance[None])
-    sampler = Sampler(rule, steps, LogUniform())
+    sampler = Sampler(rule, steps, LogUniform(ratio_max=80.0))
     keys = torch.arange(20000)
     start = sampler.prior(process, (len(keys), 2), Draw(1, keys))
     assert isinstance(start, Tensor)

@@ -73,7 +73,8 @@ EVALUATION_ONLY = ("--trainer.max_steps", "--trainer.val_check_interval")
 
 @pytest.fixture(autouse=True)
 def _clean_state(monkeypatch: pytest.MonkeyPatch):
-    """One thread, no seed or run folder left from another test."""
+    """The same random numbers in every test, and no seed or run folder left from another one."""
+    torch.manual_seed(0)
     monkeypatch.delenv("SGM_RUN_DIR", raising=False)
     before = os.environ.get("PL_GLOBAL_SEED")
     yield
