@@ -95,7 +95,8 @@ class ScoreSDE(GenerativeModule):
         self.task = task
         self.density = DensityTest(likelihood, spec, likelihood_examples) if likelihood is not None else None
         of_noise = preconditioning.prediction in ("noise", "score", "scaled_score")
-        if of_noise and first(sampler.levels(process)[0]).alpha == 0:
+        start = first(sampler.levels(process)[0])  # a grid that does not fit is told before training
+        if of_noise and start.alpha == 0:
             raise ValueError(
                 f"nothing of the data is left at t = 1 under {type(process).__name__}, so {preconditioning.prediction} "
                 "prediction says nothing about x_0 there: predict v, x0 or velocity, or sample on the grid LogUniform"

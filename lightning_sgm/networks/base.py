@@ -61,7 +61,9 @@ def image_sides(spec: Spec, levels: int, user: str) -> list[tuple[int, int]]:
         ValueError: if the data are no images or a side cannot be halved as often.
     """
     shape, factor = entry(spec, "shape", user), 2 ** (levels - 1)
-    if len(shape) != 3 or shape[1] % factor or shape[2] % factor:
+    if len(shape) != 3:
+        raise ValueError(f"a {user} is for images (C, H, W), got data of shape {list(shape)}: choose MLP, or your own")
+    if shape[1] % factor or shape[2] % factor:
         raise ValueError(
             f"a {user} of {levels} levels needs image sides divisible by {factor}, got shape {list(shape)}: "
             f"give channels for fewer levels or resize the images"

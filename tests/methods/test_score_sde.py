@@ -8,7 +8,7 @@ from lightning_sgm.methods import ScoreSDE
 from lightning_sgm.networks import MLP
 from lightning_sgm.processes import EDM, VE, VP, Flow, SubVP
 from lightning_sgm.random import Draw
-from lightning_sgm.samplers import ODESampler, slerp
+from lightning_sgm.samplers import ChainGrid, ODESampler, Sampler, slerp
 
 SHAPES = {"vectors": [3], "sequences": [6, 2], "images": [1, 4, 4], "volumes": [1, 2, 3, 4]}
 
@@ -64,3 +64,8 @@ def test_codes_interpolation_and_temperature_through_the_method():
     assert (ends - x).abs().max() < 1e-3
     model.sampler.temperature = 0.0
     assert model.generate(4)["x"].std(0).max() < 1e-5
+
+
+def test_a_grid_that_does_not_fit_is_told_before_training():
+    with pytest.raises(ValueError, match="ChainGrid needs a discrete chain, and SubVP is none"):
+        method([3], SubVP(), sampler=Sampler(grid=ChainGrid()))
