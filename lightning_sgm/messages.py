@@ -124,10 +124,7 @@ def one_line(error: BaseException) -> str:
         text = f"the checkpoint does not fit this model: {' '.join(lines)[:300]}"
     elif "\n" in text:
         text = explain(text)
-    known = isinstance(
-        cause, MisconfigurationException | ValueError | OSError | ImportError | FloatingPointError | RuntimeError
-    )
-    return text if known else f"{type(cause).__name__}: {text} (add --debug for the traceback)"
+    return text if isinstance(cause, _TOLD) else f"{type(cause).__name__}: {text} (add --debug for the traceback)"
 
 
 def quiet() -> None:

@@ -105,14 +105,14 @@ def test_random_masks_know_their_share_and_differ():
 def test_a_sample_does_not_depend_on_its_batch(method: Any, mask: str, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     images = torch.rand(3, 1, 8, 8) * 2 - 1
-    module = model(DIGITS, Inpaint(images, mask, method=method))
+    # Rounding differs with the batch; further conjugate gradients on an untrained network would amplify it.
+    module = model(DIGITS, Inpaint(images, mask, method=method, iterations=1))
     whole = module.generate(6)
-    # Rounding differs with the batch, and conjugate gradients on an untrained network amplify it; noise would give 0.1.
     for name, part in module.generate(6, batch_size=2).items():
-        torch.testing.assert_close(part, whole[name], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(part, whole[name], atol=2e-5, rtol=1e-4)
     with torch.no_grad():
         alone = module.sample(torch.tensor([4]))
-    torch.testing.assert_close(alone["x"], whole["x"][4:5], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(alone["x"], whole["x"][4:5], atol=2e-5, rtol=1e-4)
     assert torch.equal(alone["truth"], images[1:2])
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     assert not torch.allclose(module.generate(6)["x"], whole["x"])
