@@ -162,7 +162,8 @@ class TextDataModule(DataModule):
         if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.spec["vocabulary"]):
             raise ValueError(f"only tokens 0 to {self.spec['vocabulary'] - 1} stand for text, got {int(tokens.max())}")
         kind = storage(self.spec["vocabulary"])
-        return [self._tokenizer.decode(row) for row in tokens.cpu().numpy().astype(kind)]
+        rows = tokens.cpu().numpy().astype(kind)
+        return [self._tokenizer.raw(row).decode("utf-8", errors="replace") for row in rows]
 
     def _adopt(self, tokenizer: Tokenizer) -> None:
         storage(tokenizer.vocabulary)

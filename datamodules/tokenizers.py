@@ -27,11 +27,37 @@ class Tokenizer(Protocol):
     def encode(self, documents: list[bytes]) -> Ids:
         """Ids of all documents in one row. Raises UnicodeDecodeError where a document must be UTF-8 and is not."""
 
-    def decode(self, ids: Ids) -> str:
-        """Text of one row of ids; bytes that are not UTF-8 become U+FFFD."""
+    def encode_text(self, text: str) -> Ids:
+        """Ids of a piece of text, such as a prompt: no end of a document. ValueError where it cannot be written."""
+
+    def raw(self, ids: Ids) -> bytes:
+        """The bytes that a row of ids stands for; UTF-8 where the tokenizer knows characters."""
 
     def token_bytes(self) -> NDArray[np.int64]:
         """(V,) number of text bytes that each token stands for; 0 for the end of a document."""
+
+
+TokenizerName = str | dict[str, str]
+"""Entry ``tokenizer`` of a spec: "bytes", "gpt2", {"gpt2": folder of its vocabulary} or {"characters": the set}."""
+
+
+def tokenizer_for(name: TokenizerName) -> Tokenizer:
+    """The tokenizer of a model, from its ``spec["tokenizer"]``.
+
+    Raises:
+        ValueError: a name that is none of these.
+        FileNotFoundError: the vocabulary of GPT-2 is neither there nor within reach.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    if name == "gpt2":
+        return GPT2Tokenizer(None)
+    if isinstance(name, dict) and len(name) == 1:
+        if "characters" in name:
+            return CharacterTokenizer(name["characters"])
+        if "gpt2" in name:
+            return GPT2Tokenizer(name["gpt2"])
+    raise ValueError(f"unknown tokenizer {name!r}: use bytes, gpt2, {{gpt2: FOLDER}} or {{characters: THE SET}}")
 
 
 def storage(vocabulary: int) -> type[np.unsignedinteger[Any]]:
@@ -51,9 +77,13 @@ class ByteTokenizer:
         """Concatenated bytes, uint8."""
         return np.frombuffer(b"".join(documents), dtype=np.uint8)
 
-    def decode(self, ids: Ids) -> str:
-        """UTF-8 text of a row of bytes."""
-        return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+    def encode_text(self, text: str) -> Ids:
+        """Its UTF-8 bytes."""
+        return self.encode([text.encode()])
+
+    def raw(self, ids: Ids) -> bytes:
+        """The bytes themselves."""
+        return ids.astype(np.uint8).tobytes()
 
     def token_bytes(self) -> NDArray[np.int64]:
         """One byte each."""
@@ -91,9 +121,13 @@ class CharacterTokenizer:
             )
         return place.astype(storage(self.vocabulary))
 
-    def decode(self, ids: Ids) -> str:
-        """The characters of a row of ids."""
-        return self._codes[ids].tobytes().decode("utf-32-le")
+    def encode_text(self, text: str) -> Ids:
+        """As ``encode``."""
+        return self.encode([text.encode()])
+
+    def raw(self, ids: Ids) -> bytes:
+        """The characters of a row of ids in UTF-8."""
+        return self._codes[ids].tobytes().decode("utf-32-le").encode()
 
     def token_bytes(self) -> NDArray[np.int64]:
         """Length of each character in UTF-8."""
@@ -131,9 +165,14 @@ class GPT2Tokenizer:
         rows = [np.array([*encoding.ids, self._end], dtype=kind) for encoding in encodings]
         return np.concatenate([np.empty(0, dtype=kind), *rows])
 
-    def decode(self, ids: Ids) -> str:
-        """Text of a row of ids, with the end-of-text token written out."""
-        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+    def encode_text(self, text: str) -> Ids:
+        """Ids of a text without the end-of-text token at its end."""
+        return np.array(self._tokenizer.encode(text).ids, dtype=storage(self.vocabulary))
+
+    def raw(self, ids: Ids) -> bytes:
+        """UTF-8 of a row of ids, with the end-of-text token written out; halves of characters become U+FFFD."""
+        text: str = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        return text.encode()
 
     def token_bytes(self) -> NDArray[np.int64]:
         """Bytes of each token: its spelling in the vocabulary has one printable character per byte."""

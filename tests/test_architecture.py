@@ -98,7 +98,10 @@ def test_only_the_import_command_knows_released_weights_and_the_command_line_dat
     if room(name) not in ("importing", "io.released"):
         assert not any(inside(module, {"lightning_sgm.io.released"}) for module in modules), f"{name} imports it"
     if name.startswith("lightning_sgm/") and room(name) not in ("cli", "__init__"):
-        assert not any(module.split(".")[0] == "datamodules" for module in modules), f"{name} imports datamodules"
+        # What tokens mean is asked by everyone who writes or judges text, and has one home.
+        shared = {"datamodules.tokenizers"} if room(name) in ("io", "methods", "metrics") else set()
+        found = {module for module in modules if module.split(".")[0] == "datamodules"} - shared
+        assert not found, f"{name} imports {', '.join(found)}"
 
 
 @every_file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +72,7 @@ class ImageWriter(Writer):
 
     def save(self, batch: Batch, stem: Path) -> list[Path]:
         """One grid, row by row, as ``stem.png``."""
-        return [self._write(self._grid(self._tiles(batch)), _with_suffix(stem, ".png"))]
+        return [self._write(self._grid(self._tiles(batch)), with_suffix(stem, ".png"))]
 
     def save_each(self, batch: Batch, folder: Path) -> list[Path]:
         """``folder/NUMBER.png`` in the images' own size; their panels, if any, are ``folder/panels/NUMBER.png``."""
@@ -94,7 +93,7 @@ class ImageWriter(Writer):
                 images.append(torch.from_numpy(np.array(image)))
         pixels = torch.stack(images)
         pixels = pixels[:, None] if pixels.dim() == 3 else pixels.movedim(3, 1)
-        return [self._write(self._grid(pixels), _with_suffix(stem, ".png"))]
+        return [self._write(self._grid(pixels), with_suffix(stem, ".png"))]
 
     def log(self, logger: Logger, tag: str, batch: Batch, step: int) -> None:
         """One image: the grid."""
@@ -145,82 +144,6 @@ class ImageWriter(Writer):
         return path
 
 
-class TextWriter(Writer):
-    """Token sequences as text.
-
-    Single files hold exactly the bytes of the text. Overviews are for reading: sections under a numbered line; bytes
-    that are not UTF-8 and control characters, which a terminal would obey, appear as ``\\xNN``.
-
-    Args:
-        tokenizer: as in a data specification: "bytes" (token = byte), "gpt2" (needs the extra ``text`` and the
-            tokenizer's files, from the hub or its cache) or {"characters": "abc..."} (token i = i-th character).
-    """
-
-    def __init__(self, tokenizer: str | dict[str, str] = "bytes") -> None:
-        if tokenizer not in ("bytes", "gpt2") and not (isinstance(tokenizer, dict) and "characters" in tokenizer):
-            raise ValueError(f"unknown tokenizer {tokenizer!r}: use 'bytes', 'gpt2' or {{'characters': '...'}}")
-        self.tokenizer = tokenizer
-        self._gpt2: Any = None
-
-    def save(self, batch: Batch, stem: Path) -> list[Path]:
-        """All samples in ``stem.txt``."""
-        return self._write_sections(numbers_of(batch), self.decode(batch["x"]), stem)
-
-    def save_each(self, batch: Batch, folder: Path) -> list[Path]:
-        """``folder/NUMBER.txt``, the exact bytes."""
-        files = []
-        for number, raw in zip(numbers_of(batch), self.decode(batch["x"]), strict=True):
-            files.append(folder / f"{number:06d}.txt")
-            with atomic_write(files[-1]) as file:
-                file.write(raw)
-        return files
-
-    def collect(self, files: Sequence[Path], stem: Path) -> list[Path]:
-        """All samples in ``stem.txt``, numbered by their file names."""
-        return self._write_sections([int(file.stem) for file in files], [file.read_bytes() for file in files], stem)
-
-    def log(self, logger: Logger, tag: str, batch: Batch, step: int) -> None:
-        """One Markdown text with a code block per sample, which keeps spaces and newlines."""
-        if isinstance(logger, TensorBoardLogger):
-            sections = zip(numbers_of(batch), self.decode(batch["x"]), strict=True)
-            logger.experiment.add_text(
-                tag, "\n\n".join(f"sample {i}\n\n{_code(readable(raw))}" for i, raw in sections), step
-            )
-
-    def decode(self, x: Tensor) -> list[bytes]:
-        """The texts of tokens x (B, L), each in [0, V), as bytes (UTF-8 where the tokenizer knows characters)."""
-        rows = x.tolist()
-        if self.tokenizer == "bytes":
-            return [bytes(row) for row in rows]
-        if isinstance(self.tokenizer, dict):
-            characters = self.tokenizer["characters"]
-            return ["".join([characters[token] for token in row]).encode() for row in rows]
-        return [text.encode() for text in self._gpt2_tokenizer().batch_decode(rows)]
-
-    def _gpt2_tokenizer(self) -> Any:
-        if self._gpt2 is None:
-            try:
-                from transformers import GPT2TokenizerFast
-
-                self._gpt2 = GPT2TokenizerFast.from_pretrained("gpt2")
-            except ImportError as error:
-                raise ValueError("the gpt2 tokenizer needs: pip install 'lightning_sgm[text]'") from error
-            except OSError as error:
-                raise ValueError(
-                    "cannot load the gpt2 tokenizer: its files are neither on this machine nor within reach; "
-                    "download the repository 'gpt2' into the Hugging Face cache once"
-                ) from error
-        return self._gpt2
-
-    def _write_sections(self, numbers: Sequence[int], raws: Sequence[bytes], stem: Path) -> list[Path]:
-        path = _with_suffix(stem, ".txt")
-        rule = "=" * 20
-        sections = [f"{rule} sample {i} {rule}\n{readable(raw)}\n" for i, raw in zip(numbers, raws, strict=True)]
-        with atomic_write(path) as file:
-            file.write("\n".join(sections).encode())
-        return [path]
-
-
 def writer_for(spec: dict[str, Any]) -> Writer:
     """The writer for the kind of data that ``spec`` (see a DataModule's ``spec``) describes."""
     kind = spec["kind"]
@@ -228,6 +151,8 @@ def writer_for(spec: dict[str, Any]) -> Writer:
         low, high = spec["range"]
         return ImageWriter(low, high)
     if kind == "text":
+        from lightning_sgm.io.texts import TextWriter
+
         return TextWriter(spec["tokenizer"])
     if kind == "array":
         from lightning_sgm.io.arrays import ArrayWriter
@@ -236,27 +161,13 @@ def writer_for(spec: dict[str, Any]) -> Writer:
     raise ValueError(f"there is no writer for data of kind {kind!r}: give your own Writer as writer=")
 
 
-# Everything that moves a terminal's cursor or breaks a line, but not tab and newline.
-_CONTROLS = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\t\n"}
-
-
-def readable(raw: bytes) -> str:
-    """Text for the eye: what is not UTF-8, and control characters, as ``\\xNN``."""
-    return raw.decode("utf-8", errors="backslashreplace").translate(_CONTROLS)
-
-
-def _code(text: str) -> str:
-    """A Markdown code block whose fence is longer than any run of backticks inside."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}\n{text}\n{fence}"
-
-
 def numbers_of(batch: Batch) -> list[int]:
     """The numbers of the samples in a batch."""
     numbers: list[int] = (batch["index"] if "index" in batch else torch.arange(len(batch["x"]))).tolist()
     return numbers
 
 
-def _with_suffix(stem: Path, suffix: str) -> Path:
+def with_suffix(stem: Path, suffix: str) -> Path:
+    """``stem`` with ``suffix`` behind its name, whatever dots are in it."""
     # Path.with_suffix would cut "samples_0.5" at the dot.
     return stem.with_name(stem.name + suffix)

@@ -36,7 +36,7 @@ class UnmaskingSampler:
         rule: how likely a masked token is to be revealed in a step: "tweedie" (exact for this process), "euler"
             (first order, the same for a log-linear schedule), or "any_order": one token per network call.
         order: which token comes next with "any_order": "random" (another order for each sequence, the limit of the
-            other rules for N to infinity), "forward" or "backward".
+            other rules for N to infinity), "forward", "backward", or all positions 0 .. L-1 in the order wanted.
         top_p: draw each token from the smallest set of most likely tokens with at least this probability, in (0, 1].
         top_k: draw each token from the ``top_k`` most likely ones, >= 1; with ``top_p`` too, that acts on these.
         schedule: mask schedule to sample with; None for the one of the denoiser's process. Any model takes any.
@@ -50,7 +50,7 @@ class UnmaskingSampler:
         self,
         steps: int = 128,
         rule: UnmaskingRule = "tweedie",
-        order: Order = "random",
+        order: Order | list[int] = "random",
         top_p: float | None = None,
         top_k: int | None = None,
         schedule: Schedule | None = None,
@@ -60,8 +60,14 @@ class UnmaskingSampler:
             raise ValueError(f"steps of the unmasking sampler must be at least 1, got {steps}")
         if rule not in ("tweedie", "euler", "any_order"):
             raise ValueError(f"rule of the unmasking sampler must be tweedie, euler or any_order, got {rule!r}")
-        if order not in ("random", "forward", "backward"):
-            raise ValueError(f"order of the unmasking sampler must be random, forward or backward, got {order!r}")
+        listed = isinstance(order, list) and sorted(order) == list(range(len(order)))
+        if not listed and order not in ("random", "forward", "backward"):
+            raise ValueError(
+                "order of the unmasking sampler must be random, forward, backward or a list of the positions 0 to L-1, "
+                f"each once, got {order!r}"
+            )
+        if order != "random" and rule != "any_order":
+            raise ValueError(f"order is for rule: any_order, the rule {rule} has none")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
         if top_k is not None and top_k < 1:
@@ -70,7 +76,7 @@ class UnmaskingSampler:
             raise ValueError(f"eps of the unmasking sampler must lie strictly between 0 and 1, got {eps}")
         self.steps = steps
         self.rule: UnmaskingRule = rule
-        self.order: Order = order
+        self.order: Order | list[int] = order
         self.top_p = top_p
         self.top_k = top_k
         self.schedule = schedule
@@ -82,10 +88,11 @@ class UnmaskingSampler:
         denoiser: TokenDenoiser,
         x: Tensor,
         draw: Draw,
+        wanted: Tensor | None = None,
         on_event: Callable[[int, int, Tensor], None] | None = None,
         **conditions: Tensor,
     ) -> Tensor:
-        """Replace every mask by a token.
+        """Replace masks by tokens.
 
         With a keyed ``draw`` a sequence does not depend on the batch it is in, up to the network's rounding.
 
@@ -93,21 +100,25 @@ class UnmaskingSampler:
             denoiser: the model.
             x: (B, L) int64, the mask id where a token is wanted; all other tokens stay (prompt, suffix, infilling).
             draw: source of randomness; two float64 uniforms per position.
+            wanted: (B, L) bool, the masks to replace; all by default. The others stay and cost nothing: the answer is
+                averaged over all that could be there.
             on_event: called as on_event(done, total, x) after each network call. The rows of a batch do not wait for
                 one another: then every row has undergone ``done`` of its changes, or all it has.
             **conditions: (B, ...) each, handed to the network.
 
         Returns:
-            (B, L) int64 without masks.
+            (B, L) int64 without masks, but for those not wanted.
 
         Raises:
-            ValueError: if ``x`` is no (B, L) int64.
+            ValueError: if ``x`` is no (B, L) int64, or a listed order is of another length.
         """
         if x.ndim != 2 or x.dtype != torch.int64:
             raise ValueError(f"the unmasking sampler needs tokens (B, L) of type int64, got {tuple(x.shape)} {x.dtype}")
         reveal = draw.uniform(x.shape, torch.float64).to(x.device)
         uniform = draw.uniform(x.shape, torch.float64).to(x.device).flatten()
-        events = _events(self._reveal_steps(x == denoiser.mask_id, reveal, denoiser.process))
+        masked = x == denoiser.mask_id
+        masked = masked if wanted is None else masked & wanted
+        events = _events(self._reveal_steps(masked, reveal, denoiser.process))
         x = x.clone()
         tokens = x.view(-1)
         for done, event in enumerate(events, start=1):
@@ -148,6 +159,12 @@ class UnmaskingSampler:
             step = torch.searchsorted(cumulative, uniform, right=True)
         elif self.order == "random":
             step = uniform.argsort(dim=1)
+        elif isinstance(self.order, list):
+            if len(self.order) != masked.shape[1]:
+                raise ValueError(
+                    f"order of the unmasking sampler lists {len(self.order)} positions, sequences have {masked.shape[1]}"
+                )
+            step = torch.tensor(self.order, device=masked.device).argsort().expand_as(masked)
         else:
             step = torch.arange(masked.shape[1], device=masked.device).expand_as(masked)
             step = step.flip(1) if self.order == "backward" else step

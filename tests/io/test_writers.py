@@ -1,24 +1,17 @@
-import html
-import re
-
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
-from tensorboard.plugin_util import markdown_to_safe_html  # type: ignore[import-untyped]
 
-from lightning_sgm.io.writers import ImageWriter, TextWriter, readable, writer_for
+from lightning_sgm.io.texts import TextWriter
+from lightning_sgm.io.writers import ImageWriter, writer_for
 
 
 def pixels(path):
     with Image.open(path) as image:
         return torch.from_numpy(np.array(image))
-
-
-def tokens(*texts):
-    return {"x": torch.tensor([list(text) for text in texts])}
 
 
 def events(folder):
@@ -97,85 +90,6 @@ def test_images_in_tensorboard(tmp_path):
     (tmp_path / "logged.png").write_bytes(entry.encoded_image_string)
     assert entry.step == 500
     assert torch.equal(pixels(tmp_path / "logged.png"), pixels(path))
-
-
-def test_single_texts_hold_the_exact_bytes(tmp_path):
-    batch = {"x": torch.stack([torch.arange(256), torch.arange(256).flip(0)]), "index": torch.tensor([3, 10])}
-    files = TextWriter("bytes").save_each(batch, tmp_path)
-    assert [file.name for file in files] == ["000003.txt", "000010.txt"]
-    assert files[0].read_bytes() == bytes(range(256))
-    assert files[1].read_bytes() == bytes(range(255, -1, -1))
-
-
-def test_an_overview_of_texts(tmp_path):
-    batch = tokens(b"To be,\n  or\tnot ", b"\xff\x1b[31m\x00\r\n\x7f caf\xc3!") | {"index": torch.tensor([4, 5])}
-    (path,) = TextWriter("bytes").save(batch, tmp_path / "v1.2")
-    assert path == tmp_path / "v1.2.txt"
-    rule = "=" * 20
-    expected = (
-        f"{rule} sample 4 {rule}\nTo be,\n  or\tnot \n\n"
-        f"{rule} sample 5 {rule}\n\\xff\\x1b[31m\\x00\\x0d\n\\x7f caf\\xc3!\n"
-    )
-    assert path.read_bytes().decode() == expected
-
-
-def test_collected_texts_make_the_same_overview(tmp_path):
-    batch = {"x": torch.randint(0, 256, (3, 40)), "index": torch.tensor([0, 5, 9])}
-    writer = TextWriter("bytes")
-    (direct,) = writer.save(batch, tmp_path / "direct")
-    (collected,) = writer.collect(writer.save_each(batch, tmp_path), tmp_path / "collected")
-    assert direct.read_bytes() == collected.read_bytes()
-
-
-def test_characters(tmp_path):
-    writer = TextWriter({"characters": "aé\n"})
-    assert writer.decode(torch.tensor([[0, 1, 2], [1, 1, 0]])) == ["aé\n".encode(), "ééa".encode()]
-
-
-def test_gpt2(monkeypatch):
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train_from_iterator(["the cat sat on the mat, naïve"] * 3, vocab_size=300)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
-    monkeypatch.setattr(
-        transformers.GPT2TokenizerFast, "from_pretrained", lambda name: fast if name == "gpt2" else None
-    )
-    text = "the  naïve\ncat , ok"
-    assert TextWriter("gpt2").decode(torch.tensor([bpe.encode(text).ids])) == [text.encode()]
-
-    def missing(name):
-        raise OSError("no connection")
-
-    monkeypatch.setattr(transformers.GPT2TokenizerFast, "from_pretrained", missing)
-    with pytest.raises(ValueError, match="gpt2 tokenizer"):
-        TextWriter("gpt2").decode(torch.tensor([[1]]))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Exit.\n\n  HAMLET\n    To  be\n",
-        "a\n```\n# not a heading\n````\n*b* <b>&amp;</b>",
-        "\n\nstarts late",
-        "~~~\n    x\n",
-    ],
-)
-def test_texts_in_tensorboard_keep_their_spaces(tmp_path, text):
-    logger = TensorBoardLogger(tmp_path, "run", "0")
-    TextWriter().log(logger, "samples", tokens(text.encode(), b"#" * len(text)), 7)
-    logger.finalize("success")
-    (entry,) = events(logger.log_dir).Tensors("samples/text_summary")
-    page = markdown_to_safe_html(entry.tensor_proto.string_val[0].decode())
-    blocks = [html.unescape(block) for block in re.findall(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL)]
-    assert blocks == [f"{text}\n", "#" * len(text) + "\n"]
-    assert "sample 0" in page
-    assert "sample 1" in page
-
-
-def test_readable_keeps_text():
-    assert readable("Müller\t→\n".encode()) == "Müller\t→\n"
-    assert readable(b"\xc2\x85") == "\\x85"
 
 
 def test_the_specification_chooses_the_writer():
