@@ -21,6 +21,8 @@ from lightning_sgm.recipes import chain, read
 _RUN_DIR = "SGM_RUN_DIR"
 _LAST = ("last", "best")
 _PARTS = ("--model.", "--data.")
+# What predict is to complete, without the name of the task.
+_GIVEN = {"--prompt": "prompt", "--suffix": "suffix", "--template": "template", "--prompts": "file"}
 
 
 class UsageError(ValueError):
@@ -112,6 +114,8 @@ def prepare(argv: list[str]) -> Invocation:
                 invocation.allow.append(value)
             else:
                 _add_config(invocation, value)
+        elif key in _GIVEN and argv[0] == "predict":
+            invocation.options.append(_task(_GIVEN[key], value if has_value else next(rest, "")))
         elif (
             argument.endswith((".yaml", ".yml")) and not argument.startswith("-") and not _is_value(invocation.options)
         ):
@@ -124,6 +128,14 @@ def prepare(argv: list[str]) -> Invocation:
         if not any(o.startswith("--print_config") for o in invocation.options):
             _choose_run_dir(invocation)
     return invocation
+
+
+def _task(argument: str, text: str) -> str:
+    """A text to complete as an inline recipe, in which it is not parsed any further."""
+    if not text:
+        raise UsageError(f"--{'prompts' if argument == 'file' else argument} needs a value after it")
+    task = {"class_path": "Complete", "init_args": {argument: text}}
+    return f"--config={json.dumps({'model': {'init_args': {'task': task}}})}"
 
 
 def _add_config(invocation: Invocation, name: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from datamodules.tokenizers import Tokenizer, TokenizerName, tokenizer_for
@@ -23,8 +24,10 @@ class TextWriter(Writer):
 
     Single files hold exactly the bytes of the text. Overviews are for reading: sections under a numbered line; bytes
     that are not UTF-8 and control characters, which a terminal would obey, appear as ``\\xNN``, and a token that is
-    still the mask as a gray box. Of a batch with ``length`` (B,), row i is shown up to its length; a batch with
-    ``evaluations`` (B,) shows one sample after so many network evaluations.
+    still the mask as a gray box. Where the vocabulary cannot be had, the numbers of the tokens are written.
+
+    Of a batch with ``length`` (B,), row i is shown up to its length; a batch with ``evaluations`` (B,) shows one sample
+    after so many network evaluations.
 
     Args:
         tokenizer: as in a data specification: "bytes" (token = byte), "gpt2" or {"gpt2": folder} (needs the extra
@@ -36,6 +39,7 @@ class TextWriter(Writer):
         gpt2 = tokenizer == "gpt2" or (isinstance(tokenizer, dict) and "gpt2" in tokenizer)
         # The vocabulary of GPT-2 may have to be fetched: only when there is something to write.
         self._tokenizer: Tokenizer | None = None if gpt2 else tokenizer_for(tokenizer)
+        self._missing = False
 
     def save(self, batch: Batch, stem: Path) -> list[Path]:
         """All samples in ``stem.txt``."""
@@ -69,18 +73,23 @@ class TextWriter(Writer):
             x: (B, L) tokens in [0, V], V the mask.
             length: (B,) how many tokens of each row to show; all by default.
         """
-        if self._tokenizer is None:
-            self._tokenizer = tokenizer_for(self.tokenizer)
         lengths = [x.shape[1]] * len(x) if length is None else length.tolist()
         return [self._text(row[:end]) for row, end in zip(x.tolist(), lengths, strict=True)]
 
     def _text(self, row: list[int]) -> bytes:
-        assert self._tokenizer is not None
+        if self._tokenizer is None and not self._missing:
+            try:
+                self._tokenizer = tokenizer_for(self.tokenizer)
+            except (FileNotFoundError, ModuleNotFoundError) as error:  # a run of days must not end here
+                self._missing = True
+                rank_zero_warn(f"token numbers are written in place of text: {error}")
+        if self._tokenizer is None:
+            return " ".join(map(str, row)).encode()
         vocabulary = self._tokenizer.vocabulary
         pieces = ((masked, list(run)) for masked, run in groupby(row, lambda token: token == vocabulary))
+        raw = self._tokenizer.raw
         return b"".join(
-            (_MASK * len(run)).encode() if masked else self._tokenizer.raw(np.array(run, dtype=np.uint16))
-            for masked, run in pieces
+            (_MASK * len(run)).encode() if masked else raw(np.array(run, dtype=np.uint16)) for masked, run in pieces
         )
 
     def _write_sections(self, titles: Sequence[str], raws: Sequence[bytes], stem: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Completion of text: what is given of a sequence, and where (Ou et al. 2024, 2406.03736, appendix on conditional use)."""
+"""Completion of text: what is given of a sequence, and where."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Complete:
             tokens = before + [mask] * max(0, free) + after
             if "length" in text and free < 1:
                 raise ValueError(
-                    f"the {what} has {len(tokens)} tokens, so a length of {text['length']} leaves none to find: raise it"
+                    f"the {what} has {len(tokens)} tokens, so length {text['length']} leaves none to find: raise it"
                 )
         if len(tokens) > block:
             raise ValueError(f"the {what} has {len(tokens)} tokens, and the model's block {block}: shorten the {what}")

@@ -13,10 +13,12 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sgm.denoiser import TokenDenoiser
-from lightning_sgm.methods.base import Batch, Decay, GenerativeModule
-from lightning_sgm.metrics.likelihood import TokenLikelihood
+from lightning_sgm.methods.base import Batch, Curve, Decay, GenerativeModule
+from lightning_sgm.methods.bound import BoundTest
+from lightning_sgm.methods.completion import Complete
+from lightning_sgm.methods.token_pictures import unmasking
 from lightning_sgm.networks.base import Spec, TokenNetwork, build
-from lightning_sgm.objectives.masked import MaskedObjective
+from lightning_sgm.objectives.masked import MaskedLoss, MaskedObjective
 from lightning_sgm.processes.absorbing import AbsorbingProcess
 from lightning_sgm.random import Draw
 from lightning_sgm.samplers.unmasking import UnmaskingSampler
@@ -30,7 +32,10 @@ class RADD(GenerativeModule):
         process: the absorbing process, log-linear by default.
         objective: one of the paper's four losses and how its masks are drawn.
         sampler: unmasking rule and number of steps.
-        passes: repeated passes over the split by which ``test`` estimates the likelihood bound and its standard error.
+        task: what samples are to complete; None for texts from scratch. Checkpoints do not keep it: say it again to
+            each command.
+        passes: repeated passes over the data by which ``test`` estimates the likelihood bound and its standard error.
+        test_losses: further losses by which it does.
         spec, optimizer, warmup, decay, exact, drop, metrics, test_samples: see :class:`GenerativeModule`; the paper's
             AdamW 3e-4, weight decay 0.03 and 2500 updates of warm-up.
     """
@@ -42,7 +47,9 @@ class RADD(GenerativeModule):
         process: AbsorbingProcess = AbsorbingProcess(),
         objective: MaskedObjective = MaskedObjective(),
         sampler: UnmaskingSampler = UnmaskingSampler(),
+        task: Complete | None = None,
         passes: int = 4,
+        test_losses: list[MaskedLoss] | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.03),
         warmup: int = 2500,
         decay: Decay = "constant",
@@ -51,8 +58,6 @@ class RADD(GenerativeModule):
         metrics: list[Metric] | None = None,
         test_samples: int = 64,
     ) -> None:
-        if passes < 1:
-            raise ValueError(f"passes must be at least 1, got {passes}")
         super().__init__(
             spec=spec,
             optimizer=optimizer,
@@ -63,14 +68,14 @@ class RADD(GenerativeModule):
             metrics=metrics,
             test_samples=test_samples,
         )
-        self.record(locals())
+        self.record(locals(), forget=("task",))
         self.network = build(network, spec)
         self.process = process
         self.objective = objective
         self.sampler = copy.copy(sampler)  # it counts evaluations, and a default is shared by all models
-        self.passes = passes
+        self.task = task
         self.denoiser = TokenDenoiser(self.network, process, spec["vocabulary"])
-        self.likelihood = TokenLikelihood(bytes_per_token=spec.get("bytes_per_token"))
+        self.bound = BoundTest(objective, test_losses or [], passes)
 
     @property
     def noise_device(self) -> torch.device:
@@ -85,22 +90,42 @@ class RADD(GenerativeModule):
             terms["bits_per_byte"] = terms["nll"] / (math.log(2.0) * self.spec["bytes_per_token"])
         return terms
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Several passes with different masks; samples' metrics see the text once."""
-        for repeat in range(self.passes):
-            terms = self.losses(batch, self.evaluation_draw(batch, repeat))
-            self.log_terms({"loss": terms["loss"]}, "test")
-            self.likelihood.update(terms["nll"], batch["index"], tokens=batch["x"].shape[1])
-        self.feed_real(batch)
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Several passes with different masks over each corpus; samples' metrics see the test split once."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        corpus = getattr(data, "test_sets", ("",))[dataloader_idx]
+        per_token = data.bytes_per_token_of(corpus) if corpus else self.spec.get("bytes_per_token")
+        self.bound.update(self, self.denoiser, batch, corpus, per_token)
+        if not corpus:
+            self.feed_real(batch)
 
     def on_test_epoch_end(self) -> None:
-        """Perplexity and bits with standard errors, then the samples' metrics."""
-        self.log_dict({f"test/{name}": value for name, value in self.likelihood.compute().items()}, sync_dist=True)
-        self.likelihood.reset()
+        """Perplexity and bits with standard errors, what is known of the data's own, then the samples' metrics."""
+        found = self.bound.compute()
+        if "entropy" in self.spec:
+            found["entropy"] = torch.tensor(self.spec["entropy"], dtype=torch.float64)
+        self.log_dict({f"test/{name}": value for name, value in found.items()}, sync_dist=True)
+        self.bound.reset()
         super().on_test_epoch_end()
 
     def sample(self, indices: Tensor, prompt: Tensor | None = None, **conditions: Any) -> Batch:
-        """Sequences (n, L) of real tokens; ``prompt`` (n, L) fixes all positions that are not the mask."""
+        """Sequences "x" (n, L) of real tokens.
+
+        Args:
+            indices: (n,) numbers of the samples.
+            prompt: (n, L) fixes all positions that are not the mask; by default the task does, if there is one. Then
+                there is also "length" (n,), of the texts, behind which the masks stay.
+            conditions: passed on to the network.
+        """
+        draw = self.sample_draw(indices)
+        if prompt is None and self.task is not None:
+            given = self.task.given(indices, self.spec)
+            x, wanted = given.x.to(self.device), given.wanted.to(self.device)
+            return {"x": self.sampler(self.denoiser, x, draw, wanted, **conditions), "length": given.length}
         if prompt is None:
             prompt = torch.full((len(indices), self.spec["length"]), self.denoiser.mask_id)
-        return {"x": self.sampler(self.denoiser, prompt.to(self.device), self.sample_draw(indices), **conditions)}
+        return {"x": self.sampler(self.denoiser, prompt.to(self.device), draw, **conditions)}
+
+    def pictures(self) -> dict[str, Batch | Curve]:
+        """One text while it is unmasked, and the loss over the masked fraction."""
+        return {"unmasking": unmasking(self)}

@@ -162,7 +162,7 @@ class UnmaskingSampler:
         elif isinstance(self.order, list):
             if len(self.order) != masked.shape[1]:
                 raise ValueError(
-                    f"order of the unmasking sampler lists {len(self.order)} positions, sequences have {masked.shape[1]}"
+                    f"order of the unmasking sampler has {len(self.order)} positions, sequences {masked.shape[1]}"
                 )
             step = torch.tensor(self.order, device=masked.device).argsort().expand_as(masked)
         else:

@@ -104,3 +104,10 @@ def test_texts_in_tensorboard_keep_their_spaces(tmp_path, text):
 def test_readable_keeps_text():
     assert readable("Müller\t→\n".encode()) == "Müller\t→\n"
     assert readable(b"\xc2\x85") == "\\x85"
+
+
+def test_token_numbers_are_better_than_nothing(tmp_path):
+    writer = TextWriter({"gpt2": str(tmp_path / "nowhere")})
+    with pytest.warns(UserWarning, match="token numbers are written in place of text: tokenizer_path .*nowhere"):
+        (path,) = writer.save({"x": torch.tensor([[15496, 995], [1, 2]])}, tmp_path / "x")
+    assert "15496 995" in path.read_text()

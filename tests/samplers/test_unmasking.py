@@ -89,7 +89,7 @@ def test_one_step_draws_from_the_product_of_marginals():
     assert_law(sampled_law(UnmaskingSampler(1), joint, 20_000, 1), law)
 
 
-@pytest.mark.parametrize("order", ["random", "forward", "backward"])
+@pytest.mark.parametrize("order", ["random", "forward", "backward", [2, 0, 3, 1]])
 def test_one_token_at_a_time_draws_from_the_joint(order):
     joint = world(1)
     assert_law(sampled_law(UnmaskingSampler(rule="any_order", order=order), joint, 20_000, 2), joint.flatten())
@@ -250,7 +250,10 @@ def test_the_cache_changes_nothing(steps):
     assert torch.equal(sampler(denoiser, blank(rows, length, 2), Draw(9)), x)
 
 
-@pytest.mark.parametrize(("order", "expected"), [("forward", [1, 2, 4, 6]), ("backward", [6, 4, 2, 1])])
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [("forward", [1, 2, 4, 6]), ("backward", [6, 4, 2, 1]), ([3, 4, 1, 0, 6, 5, 2], [4, 1, 6, 2])],
+)
 def test_fixed_orders_reveal_one_position_after_the_other(order, expected):
     start = torch.tensor([[0, 2, 2, 0, 2, 1, 2], [0, 2, 2, 0, 2, 1, 2]])
     seen = [start]
@@ -264,6 +267,21 @@ def test_fixed_orders_reveal_one_position_after_the_other(order, expected):
     for row in range(2):
         changed = [(a[row] != b[row]).nonzero().flatten().tolist() for a, b in itertools.pairwise(seen)]
         assert changed == [[position] for position in expected]
+
+
+@pytest.mark.parametrize("rule", ["tweedie", "any_order"])
+def test_masks_that_are_not_wanted_stay_and_cost_nothing(rule):
+    joint = world(3)
+    start = blank(3000, 4, 3)
+    wanted = torch.tensor([True, False, True, False]).expand_as(start)
+    sampler = UnmaskingSampler(1000, rule=rule)
+    x = sampler(oracle_denoiser(JointOracle(joint)), start, Draw(4), wanted)
+    assert torch.equal(x == 3, ~wanted)
+    assert 1.9 < sampler.evaluations <= 2
+    # What stays masked is averaged over: the marginal of the two.
+    law = joint.sum((1, 3)).flatten()
+    counts = torch.bincount(x[:, 0] * 3 + x[:, 2], minlength=9)
+    assert chisquare(counts.numpy(), (law / law.sum() * len(x)).numpy()).pvalue > 1e-3
 
 
 def test_random_orders_are_all_alike_and_differ_between_rows():
@@ -395,7 +413,10 @@ def test_large_vocabularies_are_drawn_in_blocks_with_the_same_result(monkeypatch
     [
         {"steps": 0},
         {"rule": "heun"},
-        {"order": "sideways"},
+        {"order": "sideways", "rule": "any_order"},
+        {"order": [0, 2], "rule": "any_order"},
+        {"order": [0, 0, 1], "rule": "any_order"},
+        {"order": "forward"},
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_k": 0},
@@ -405,6 +426,12 @@ def test_large_vocabularies_are_drawn_in_blocks_with_the_same_result(monkeypatch
 def test_wrong_arguments_are_named(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         UnmaskingSampler(**arguments)
+
+
+def test_an_order_of_another_length_is_named():
+    denoiser = oracle_denoiser(ConstantOracle(torch.tensor([0.5, 0.5])))
+    with pytest.raises(ValueError, match="order of the unmasking sampler has 2 positions, sequences 3"):
+        UnmaskingSampler(rule="any_order", order=[1, 0])(denoiser, blank(1, 3, 2), Draw(0))
 
 
 def test_wrong_tokens_are_named():

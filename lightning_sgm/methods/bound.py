@@ -1,0 +1,69 @@
+"""What ``test`` says of a masked model's likelihood: its bound by several estimators, on several corpora."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from lightning_sgm.denoiser import TokenDenoiser
+from lightning_sgm.metrics.likelihood import TokenLikelihood
+from lightning_sgm.objectives.masked import MaskedLoss, MaskedObjective
+
+if TYPE_CHECKING:
+    from lightning_sgm.methods.base import Batch, GenerativeModule
+
+
+class BoundTest(nn.Module):
+    """Collects the bound on the likelihood of test sequences, on all processes.
+
+    Args:
+        objective: the model's own, by whose loss the numbers without a name are.
+        losses: further losses by which to estimate the same bound; their numbers bear their names.
+        passes: repeated passes over the data, each with other masks; from them come the standard errors.
+
+    Raises:
+        ValueError: ``passes`` below 1.
+    """
+
+    def __init__(self, objective: MaskedObjective, losses: list[MaskedLoss], passes: int) -> None:
+        super().__init__()
+        if passes < 1:
+            raise ValueError(f"passes must be at least 1, got {passes}")
+        self.passes = passes
+        self.objectives = {"": objective}
+        for loss in losses:
+            if loss != objective.loss:
+                self.objectives[loss] = MaskedObjective(loss, objective.stratification, objective.t_min)
+        self._found: dict[str, TokenLikelihood] = {}
+
+    def update(
+        self,
+        module: GenerativeModule,
+        denoiser: TokenDenoiser,
+        batch: Batch,
+        corpus: str,
+        bytes_per_token: float | None,
+    ) -> None:
+        """Add all passes of a batch of ``corpus``."""
+        conditions = module.conditions(batch)
+        for name, objective in self.objectives.items():
+            key = "/".join(filter(None, (corpus, name)))
+            if key not in self._found:
+                self._found[key] = TokenLikelihood(bytes_per_token).to(batch["x"].device)
+            for repeat in range(self.passes):
+                draw = module.evaluation_draw(batch, repeat)
+                nll = objective(denoiser, batch["x"], draw, **conditions)["nll"]
+                self._found[key].update(nll, batch["index"], tokens=batch["x"].shape[1])
+
+    def compute(self) -> dict[str, Tensor]:
+        """Numbers of :class:`~lightning_sgm.metrics.TokenLikelihood`, as [CORPUS/][LOSS/]NUMBER."""
+        return {
+            "/".join(filter(None, (key, name))): value
+            for key, likelihood in self._found.items()
+            for name, value in likelihood.compute().items()
+        }
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._found = {}

@@ -1,0 +1,95 @@
+"""Texts as a user types them: prompts, suffixes, templates, files of them, and their mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY
+
+PREDICT = ("predict", "--config", "radd", "--num_samples=3")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of a few updates on blocks of 32 bytes."""
+    from lightning_sgm.__main__ import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    patch = pytest.MonkeyPatch()
+    patch.chdir(folder)
+    patch.setattr("sys.argv", ["lightning_sgm"])
+    patch.setenv("PL_GLOBAL_SEED", "0")
+    assert main(["fit", "--config", "radd", *TINY["radd"], "--trainer.run_dir=runs/radd/version_0"]) == 0
+    patch.undo()
+    return folder / "runs"
+
+
+@pytest.fixture
+def user(cli, trained: Path, tmp_path: Path):
+    (tmp_path / "runs").symlink_to(trained)
+    return cli
+
+
+def sample(number: int) -> bytes:
+    return Path(f"runs/radd/version_0/predictions/{number:06d}.txt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "beginning", "end", "length"),
+    [
+        (["--prompt", "To be, "], b"To be, ", b"", 32),
+        (["--prompt=To be", "--suffix= end."], b"To be", b" end.", 32),
+        (["--suffix", ".yaml"], b"", b".yaml", 32),
+        (["--template", "To be ___ or"], b"To be ", b" or", 12),
+        (["--prompt=a", "--model.task.length=5"], b"a", b"", 5),
+        (["--prompt", "{b: 1} # yes"], b"{b: 1} # yes", b"", 32),
+        (["--prompt", "123"], b"123", b"", 32),
+    ],
+)
+def test_given_text_stays(user, options, beginning, end, length):
+    code, out, err = user(*PREDICT, *options)
+    assert code == 0, err
+    assert "3 samples are in runs/radd/version_0/predictions" in out
+    for number in range(3):
+        text = sample(number)
+        assert text.startswith(beginning)
+        assert text.endswith(end)
+        assert len(text) == length
+    assert sample(0) != sample(1)
+
+
+def test_a_file_of_prompts(user, tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("first\nsecond\n")
+    code, _, err = user(*PREDICT, "--prompts", "prompts.txt", "--model.sampler.top_p=0.9")
+    assert code == 0, err
+    assert [sample(i)[:6] for i in range(3)][1] == b"second"
+    assert sample(0).startswith(b"first")
+    assert sample(2).startswith(b"first")
+
+
+def test_a_checkpoint_forgets_what_it_completed(user):
+    assert user(*PREDICT, "--prompt", "xyz")[0] == 0
+    assert user(*PREDICT)[0] == 0
+    assert not sample(0).startswith(b"xyz")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--prompt", "x" * 33], 1, "the prompt has 33 tokens, and the model's block 32: shorten the prompt"),
+        (["--template", "to be"], 1, "leaves none to find: put a _ for each token to find"),
+        (["--template", "a_", "--prompt", "b"], 1, "a template is a whole text"),
+        (["--prompts", "nowhere.txt"], 1, "no such file of texts to complete: nowhere.txt"),
+        (["--prompt"], 2, "--prompt needs a value after it"),
+        (["--model.sampler.top_p=0"], 1, "top_p must lie in (0, 1], got 0"),
+        (["--model.sampler.steps=0"], 1, "steps of the unmasking sampler must be at least 1, got 0"),
+        (["--model.sampler.rule=any_order", "--model.sampler.order=[1,0]"], 1, "has 2 positions, sequences 32"),
+    ],
+)
+def test_mistakes_are_named(user, options, code, message):
+    found, _, err = user(*PREDICT, *options)
+    assert message in err
+    assert "Traceback" not in err
+    assert found == code
