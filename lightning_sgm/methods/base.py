@@ -40,7 +40,7 @@ class GenerativeModule(LightningModule):
 
     Args:
         spec: what the data tell the model (shape, vocabulary, ...); linked from the DataModule by the command line.
-        optimizer: callable from parameters to an optimiser.
+        optimizer: callable from (name, parameter) pairs to an optimiser; torch's take such pairs as well as parameters.
         warmup: number of updates over which the learning rate rises linearly.
         decay: the learning rate after warm-up: "constant"; "cosine" down to 0 over the run; "trapezoid", constant and
             in the last fifth linearly down to 0 (Haegele et al. 2024, 2405.18392).
@@ -285,7 +285,7 @@ class GenerativeModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser over all parameters that require a gradient, with warm-up and decay per update."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = self.optimizer([(name, p) for name, p in self.named_parameters() if p.requires_grad])
         # Lightning refuses to clip for fused optimisers that unscale gradients themselves: let its scaler do that.
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
