@@ -95,6 +95,13 @@ class Draw:
             raise ValueError("rows of a Draw without keys are not defined: give keys, one per row")
         return Draw(self.seed, self.keys[index])
 
+    def split(self, count: int) -> Draw:
+        """The source for ``count`` rows in place of each one, in order; itself without ``keys``."""
+        if self.keys is None:
+            return self
+        parts = torch.arange(count, device=self.device)
+        return Draw(self.seed, (self.keys[:, None] * count + parts).flatten())
+
     def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Uniform numbers in [0, 1) of ``shape``, with as many random bits as ``dtype`` has digits (float64 53)."""
         if self.keys is None:

@@ -126,6 +126,15 @@ def test_rows_takes_a_mask_and_equal_keys_give_equal_rows():
     assert torch.equal(draw.rows(torch.tensor([False, True, True])).normal((2, 4)), x[1:])
 
 
+def test_split_rows_have_keys_of_their_own():
+    draw = Draw(5, torch.tensor([4, 7])).split(3)
+    assert draw.keys is not None
+    assert draw.keys.tolist() == [12, 13, 14, 21, 22, 23]
+    assert torch.equal(draw.rows(torch.tensor([4])).uniform((1, 2)), Draw(5, torch.tensor([22])).uniform((1, 2)))
+    plain = Draw(5)
+    assert plain.split(3) is plain
+
+
 def test_keys_of_any_integer_type():
     x = Draw(3, keys=torch.arange(5, dtype=torch.int32)).normal((5, 2))
     assert torch.equal(x, Draw(3, keys=torch.arange(5)).normal((5, 2)))

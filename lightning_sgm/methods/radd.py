@@ -36,6 +36,8 @@ class RADD(GenerativeModule):
             each command.
         passes: repeated passes over the data by which ``test`` estimates the likelihood bound and its standard error.
         test_losses: further losses by which it does.
+        lengths: of the pieces into which sequences are cut in training, by the update from which on: ``{0: 32, 500:
+            128}``. Short pieces at first teach neighbours sooner, at the same number of tokens.
         spec, optimizer, warmup, decay, exact, drop, metrics, test_samples: see :class:`GenerativeModule`; the paper's
             AdamW 3e-4, weight decay 0.03 and 2500 updates of warm-up.
     """
@@ -50,6 +52,7 @@ class RADD(GenerativeModule):
         task: Complete | None = None,
         passes: int = 4,
         test_losses: list[MaskedLoss] | None = None,
+        lengths: dict[int, int] | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.03),
         warmup: int = 2500,
         decay: Decay = "constant",
@@ -76,6 +79,9 @@ class RADD(GenerativeModule):
         self.task = task
         self.denoiser = TokenDenoiser(self.network, process, spec["vocabulary"])
         self.bound = BoundTest(objective, test_losses or [], passes)
+        self.lengths = lengths or {}
+        if wrong := [length for length in self.lengths.values() if length < 1 or spec["length"] % length]:
+            raise ValueError(f"lengths cut sequences of {spec['length']} tokens into equal pieces, not of {wrong[0]}")
 
     @property
     def noise_device(self) -> torch.device:
@@ -85,10 +91,22 @@ class RADD(GenerativeModule):
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Any-order NLL bound per example, (B,): "loss" nats per sequence, "nll" nats per token, bits per byte."""
         conditions = self.conditions(batch, draw.fork(0) if self.training else None)
-        terms = self.objective(self.denoiser, batch["x"], draw, **conditions)
+        x = batch["x"]
+        pieces = self._pieces() if self.training else 1
+        if pieces > 1:
+            x, draw = x.reshape(pieces * len(x), -1), draw.split(pieces)
+            conditions = {name: value.repeat_interleave(pieces, 0) for name, value in conditions.items()}
+        terms = self.objective(self.denoiser, x, draw, **conditions)
+        terms = {name: term.view(-1, pieces).mean(1) for name, term in terms.items()}
+        terms["loss"] = pieces * terms["loss"]  # still nats per sequence
         if self.spec.get("bytes_per_token"):
             terms["bits_per_byte"] = terms["nll"] / (math.log(2.0) * self.spec["bytes_per_token"])
         return terms
+
+    def _pieces(self) -> int:
+        """Into how many pieces a sequence is cut at this time of the training."""
+        begun = [update for update in self.lengths if update <= self.updates]
+        return self.spec["length"] // self.lengths[max(begun)] if begun else 1
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Several passes with different masks over each corpus; samples' metrics see the test split once."""

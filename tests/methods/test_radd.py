@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_sgm.methods import RADD, Complete
 from lightning_sgm.networks import MaskedTransformer
+from lightning_sgm.random import Draw
 from lightning_sgm.samplers import UnmaskingSampler
 
 SPEC = {"kind": "text", "length": 12, "vocabulary": 256, "tokenizer": "bytes", "bytes_per_token": 1.0}
@@ -66,3 +67,39 @@ def test_an_unmasking_goes_from_all_masks_to_sample_zero():
 def test_passes(passes):
     with pytest.raises(ValueError, match="passes must be at least 1"):
         model(passes=passes)
+
+
+def test_training_on_pieces_is_training_on_shorter_sequences():
+    radd = model(lengths={0: 3, 10: 6})
+    batch = {"x": torch.randint(0, 256, (5, 12)), "index": torch.arange(5)}
+    torch.nn.init.zeros_(radd.network.output_layer.linear.weight)
+    radd.network.output_layer.linear.bias.data.copy_(torch.linspace(-3, 3, 257))
+    bits = radd.network.output_layer.linear.bias[:256].log_softmax(0)
+    radd.objective.loss = "k_DCE"
+    seen = []
+    radd.network.register_forward_hook(lambda module, given, output: seen.append(given[0].shape))
+    terms = radd.train().losses(batch, Draw(0, batch["index"]))
+    assert tuple(seen[0]) == (20, 3)
+    assert terms["loss"].shape == terms["nll"].shape == (5,)
+    # Unbiased: the network does not look at anything, so a token costs what its byte costs.
+    total = torch.stack([radd.losses(batch, Draw(seed, batch["index"]))["nll"] for seed in range(400)]).mean(0)
+    assert torch.allclose(total, -bits[batch["x"]].mean(1), atol=0.15)
+    assert torch.allclose(terms["loss"], 12 * terms["nll"])
+    radd.eval().losses(batch, Draw(0, batch["index"]))
+    assert tuple(seen[-1]) == (5, 12)
+
+
+def test_pieces_do_not_depend_on_their_batch_in_exact_mode():
+    radd = model(lengths={0: 4}).train()
+    batch = {"x": torch.randint(0, 256, (6, 12)), "index": torch.tensor([3, 9, 2, 7, 1, 0])}
+    torch.manual_seed(0)
+    radd.network.blocks[0].dropout = 0.0
+    whole = radd.losses(batch, Draw(1, batch["index"]))["loss"]
+    half = {name: value[2:5] for name, value in batch.items()}
+    assert torch.allclose(radd.losses(half, Draw(1, half["index"]))["loss"], whole[2:5], rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [0, 5, 13])
+def test_pieces_that_do_not_fit_are_named(length):
+    with pytest.raises(ValueError, match=f"sequences of 12 tokens into equal pieces, not of {length}"):
+        model(lengths={0: length})
