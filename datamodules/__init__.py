@@ -3,6 +3,7 @@
 from datamodules.arrays import ArrayDataModule
 from datamodules.base import DataModule
 from datamodules.images import ImageDataModule
+from datamodules.markov import MarkovDataModule
 from datamodules.text import TextDataModule
 
-__all__ = ["ArrayDataModule", "DataModule", "ImageDataModule", "TextDataModule"]
+__all__ = ["ArrayDataModule", "DataModule", "ImageDataModule", "MarkovDataModule", "TextDataModule"]

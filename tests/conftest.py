@@ -37,18 +37,20 @@ _IMAGES = (
     "--data.batch_size=32",
     "--samples.count=4",
 )
+_TEXT = (
+    *_SHORT,
+    "--model.network.init_args.width=16",
+    "--model.network.init_args.blocks=1",
+    "--model.network.init_args.heads=2",
+    "--model.test_samples=2",
+    "--model.sampler.init_args.steps=4",
+    "--data.length=32",
+    "--data.batch_size=4",
+    "--samples.count=2",
+)
 _OWN = {
-    "radd": (
-        *_SHORT,
-        "--model.network.init_args.width=16",
-        "--model.network.init_args.blocks=1",
-        "--model.network.init_args.heads=2",
-        "--model.test_samples=2",
-        "--model.sampler.init_args.steps=4",
-        "--data.length=32",
-        "--data.batch_size=4",
-        "--samples.count=2",
-    ),
+    "radd": _TEXT,
+    "radd_markov": _TEXT,
     "score_sde": _IMAGES,
     "score_sde_points": _IMAGES,
     "classifier": (*_SHORT, "--data.batch_size=32"),

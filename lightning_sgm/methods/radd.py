@@ -120,6 +120,7 @@ class RADD(GenerativeModule):
     def on_test_epoch_end(self) -> None:
         """Perplexity and bits with standard errors, what is known of the data's own, then the samples' metrics."""
         found = self.bound.compute()
+        found["loss"] = self.spec["length"] * found["nll"]
         if "entropy" in self.spec:
             found["entropy"] = torch.tensor(self.spec["entropy"], dtype=torch.float64)
         self.log_dict({f"test/{name}": value for name, value in found.items()}, sync_dist=True)

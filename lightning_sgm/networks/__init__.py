@@ -3,6 +3,7 @@
 from lightning_sgm.networks.base import Network, Spec, TokenNetwork, build
 from lightning_sgm.networks.ddpm import DDPM
 from lightning_sgm.networks.diffusers_unet import DiffusersUNet
+from lightning_sgm.networks.exact_markov import ExactMarkov
 from lightning_sgm.networks.huggingface import HuggingFaceMaskedLM
 from lightning_sgm.networks.masked_transformer import MaskedTransformer
 from lightning_sgm.networks.mlp import MLP
@@ -14,6 +15,7 @@ __all__ = [
     "DDPM",
     "MLP",
     "DiffusersUNet",
+    "ExactMarkov",
     "HuggingFaceMaskedLM",
     "MaskedTransformer",
     "NCSNpp",
