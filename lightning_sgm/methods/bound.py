@@ -53,8 +53,8 @@ class BoundTest(nn.Module):
                 self._found[key] = TokenLikelihood(bytes_per_token).to(batch["x"].device)
             for repeat in range(self.passes):
                 draw = module.evaluation_draw(batch, repeat)
-                nll = objective(denoiser, batch["x"], draw, **conditions)["nll"]
-                self._found[key].update(nll, batch["index"], tokens=batch["x"].shape[1])
+                nll, control = objective.evaluate(denoiser, batch["x"], draw, **conditions)
+                self._found[key].update(nll, batch["index"], batch["x"].shape[1], control)
 
     def compute(self) -> dict[str, Tensor]:
         """Numbers of :class:`~lightning_sgm.metrics.TokenLikelihood`, as [CORPUS/][LOSS/]NUMBER."""

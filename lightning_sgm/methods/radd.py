@@ -16,7 +16,7 @@ from lightning_sgm.denoiser import TokenDenoiser
 from lightning_sgm.methods.base import Batch, Curve, Decay, GenerativeModule
 from lightning_sgm.methods.bound import BoundTest
 from lightning_sgm.methods.completion import Complete
-from lightning_sgm.methods.token_pictures import unmasking
+from lightning_sgm.methods.token_pictures import masking_curve, unmasking
 from lightning_sgm.networks.base import Spec, TokenNetwork, build
 from lightning_sgm.objectives.masked import MaskedLoss, MaskedObjective
 from lightning_sgm.processes.absorbing import AbsorbingProcess
@@ -147,4 +147,5 @@ class RADD(GenerativeModule):
 
     def pictures(self) -> dict[str, Batch | Curve]:
         """One text while it is unmasked, and the loss over the masked fraction."""
-        return {"unmasking": unmasking(self)}
+        found: dict[str, Batch | Curve | None] = {"unmasking": unmasking(self), "loss_by_masked": masking_curve(self)}
+        return {name: picture for name, picture in found.items() if picture is not None}

@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from lightning_sgm.metrics.base import DoubleMetric
+
+_ENOUGH = 10  # repeated passes of batches for a regression
 
 
 class TokenLikelihood(DoubleMetric):
@@ -23,6 +26,11 @@ class TokenLikelihood(DoubleMetric):
     n_g passes of batch g, T_g tokens in it and M_g = sum over passes of (S_g - mean of S_g)^2,
 
         v = sum_g M_g / sum_g (n_g - 1) T_g   (variance per token),   standard_error = sqrt(v / tokens drawn in all).
+
+    An estimate may come with a ``control`` of mean 0 by chance alone (see ``MaskedObjective.evaluate``). Then S_g - b
+    C_g takes the place of S_g, where C_g is the total of the controls and b comes from the regression of S on C among
+    the passes of each batch (one degree of freedom less), if there are ten of them: that leaves the mean as it is and
+    makes the error smaller.
 
     Draws may depend on each other within a batch (levels stratified over it make the error smaller, and this sees
     it), not between batches or passes. A data set in one batch leaves only n - 1 degrees of freedom. If no batch
@@ -46,42 +54,55 @@ class TokenLikelihood(DoubleMetric):
     examples: Tensor
     within: Tensor
     freedom: Tensor
+    repeats: Tensor
+    control: Tensor
+    control_within: Tensor
+    both_within: Tensor
 
     def __init__(self, bytes_per_token: float | None = None) -> None:
         super().__init__()
         if bytes_per_token is not None and not bytes_per_token > 0:
             raise ValueError(f"bytes_per_token is {bytes_per_token}: it must be positive (1 for byte tokens)")
         self.bytes_per_token = bytes_per_token
-        for name in ("total", "squares", "tokens", "examples", "within", "freedom"):
+        for name in ("total", "squares", "tokens", "examples", "within", "freedom", "repeats"):
             self.add_sum(name)
-        self._passes: dict[tuple[int, ...], tuple[int, float]] = {}
+        for name in ("control", "control_within", "both_within"):
+            self.add_sum(name)
+        self._passes: dict[tuple[int, ...], tuple[int, float, float]] = {}
 
-    def update(self, nll: Tensor, index: Tensor, tokens: int) -> None:
+    def update(self, nll: Tensor, index: Tensor, tokens: int, control: Tensor | None = None) -> None:
         """Add one pass of one batch.
 
         Args:
             nll: (B,) nats per token of each example, one draw.
             index: (B,) int64, which examples of the data set these are.
             tokens: number of tokens of every example.
+            control: (B,) numbers whose expectation is 0, in nats per token; None for none.
         """
         if nll.shape != index.shape or nll.dim() != 1:
             raise ValueError(f"nll {tuple(nll.shape)} and index {tuple(index.shape)} must both have the shape (batch,)")
         nll = nll.detach().double()
-        total = nll.sum() * tokens
-        self.add("total", total)
+        controls = torch.zeros_like(nll) if control is None else control.detach().double()
+        # One wait for the device.
+        value, chance = (torch.stack([nll.sum(), controls.sum()]) * tokens).tolist()
+        self.add("total", value)
+        self.add("control", chance)
         self.add("squares", nll.square().sum() * tokens)
         self.add("tokens", tokens * len(nll))
         self.add("examples", len(nll))
         # Welford's update: the passes of one batch never have to be kept.
         batch = tuple(sorted(index.tolist()))
-        passes, mean = self._passes.get(batch, (0, 0.0))
-        value = float(total)
-        difference = value - mean
+        passes, mean, control_mean = self._passes.get(batch, (0, 0.0, 0.0))
+        difference, control_difference = value - mean, chance - control_mean
         mean += difference / (passes + 1)
-        self._passes[batch] = (passes + 1, mean)
+        control_mean += control_difference / (passes + 1)
+        self._passes[batch] = (passes + 1, mean, control_mean)
         if passes:
             self.add("within", difference * (value - mean))
+            self.add("both_within", difference * (chance - control_mean))
+            self.add("control_within", control_difference * (chance - control_mean))
             self.add("freedom", tokens * len(nll))
+            self.add("repeats", 1)
 
     def compute(self) -> dict[str, Tensor]:
         """The estimates, float64 scalars.
@@ -93,9 +114,14 @@ class TokenLikelihood(DoubleMetric):
         """
         if self.tokens == 0:
             raise ValueError("TokenLikelihood has seen no example: call update before compute")
-        nll = self.total / self.tokens
-        if self.freedom > 0:
-            variance = self.within / self.freedom / self.tokens
+        nll, within, freedom = self.total / self.tokens, self.within, self.freedom
+        if self.control_within > 0 and self.repeats >= _ENOUGH:
+            slope = self.both_within / self.control_within
+            nll = nll - slope * self.control / self.tokens
+            within = (within - slope * self.both_within).clamp(min=0)
+            freedom = freedom * (self.repeats - 1) / self.repeats
+        if freedom > 0:
+            variance = within / freedom / self.tokens
         else:
             variance = (self.squares / self.tokens - nll.square()).clamp(min=0) / (self.examples - 1)
         error, perplexity = variance.sqrt(), nll.exp()
@@ -116,7 +142,7 @@ class TokenLikelihood(DoubleMetric):
         super().reset()
         self._passes = {}
 
-    def forward(self, nll: Tensor, index: Tensor, tokens: int) -> NoReturn:
+    def forward(self, nll: Tensor, index: Tensor, tokens: int, control: Tensor | None = None) -> NoReturn:
         """Refused: torchmetrics resets between calls, and the passes would be lost."""
         raise ValueError("TokenLikelihood cannot be called: use update(nll, index, tokens), then compute()")
 

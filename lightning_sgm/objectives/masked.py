@@ -90,17 +90,42 @@ class MaskedObjective:
             of 1 and Adam's epsilon mean what they do there.
             "nll" (B,), nats per token, without the second term of ``t_DCE``.
         """
+        masking, mask = self._mask(denoiser, x0, draw)
+        total = masked_nll(denoiser, x0, mask, **conditions)
+        loss = total * _send(masking.weight, total)
+        terms = {"loss": loss, "nll": loss / x0.shape[1]}
+        if masking.constant is not None:
+            terms["loss"] = loss + _send(masking.constant * mask.sum(1), total)
+        return terms
+
+    def evaluate(self, denoiser: TokenDenoiser, x0: Tensor, draw: Draw, **conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """One estimate of the bound, with a number by which it can be made less noisy.
+
+        Where tokens are masked one by one, their count scatters, and a count above its mean lambda L makes the estimate
+        too large by about what a token costs. The second number, weight * (count - lambda L) / L, has the mean 0 at
+        every lambda whatever the model (a control variate): any multiple of it may be subtracted.
+
+        Args:
+            denoiser, x0, draw, conditions: as in a call.
+
+        Returns:
+            (B,) nats per token, the "nll" of a call with the same draw, and (B,) the control, 0 for ``k_DCE``.
+        """
+        masking, mask = self._mask(denoiser, x0, draw)
+        length = x0.shape[1]
+        total = masked_nll(denoiser, x0, mask, **conditions)
+        control = torch.zeros_like(masking.weight)
+        if masking.probability is not None:
+            control = masking.weight * (mask.sum(1) - masking.probability * length) / length
+        return total * _send(masking.weight, total) / length, control.to(total.device)
+
+    def _mask(self, denoiser: TokenDenoiser, x0: Tensor, draw: Draw) -> tuple[Masking, Tensor]:
+        """How much is masked and what it is worth, and the mask (B, L)."""
         rows, length = x0.shape
         masking = self.draw_masking(denoiser.process, rows, length, draw)
         # Only the shape of the first argument matters, as x0 holds no mask; its values are on the network's device.
         blank = torch.zeros(rows, length, dtype=torch.int64, device=draw.device)
-        mask = denoiser.process.mask(blank, denoiser.mask_id, draw, masking.probability, masking.count)
-        total = masked_nll(denoiser, x0, mask, **conditions)
-        loss = total * _send(masking.weight, total)
-        terms = {"loss": loss, "nll": loss / length}
-        if masking.constant is not None:
-            terms["loss"] = loss + _send(masking.constant * mask.sum(1), total)
-        return terms
+        return masking, denoiser.process.mask(blank, denoiser.mask_id, draw, masking.probability, masking.count)
 
     def draw_masking(self, process: AbsorbingProcess, rows: int, length: int, draw: Draw) -> Masking:
         """Draw how much to mask in each of ``rows`` sequences of ``length`` tokens, with the weights of the loss."""
@@ -124,6 +149,27 @@ class MaskedObjective:
             return 1.0 - (draw.uniform((1,), torch.float64) + cells / rows) % 1.0
         # Dealt at random: were sequence j always in cell j, averages over draws would not converge to the batch's NLL.
         return 1.0 - draw.strata(rows)
+
+
+def nll_by_masked_fraction(
+    denoiser: TokenDenoiser, x0: Tensor, draw: Draw, fractions: Tensor, **conditions: Tensor
+) -> Tensor:
+    """Mean -ln c(x_t)[i, x0_i] of a masked token at given masked fractions, (n,) float64 nats.
+
+    Args:
+        denoiser: answers only at the masked positions.
+        x0: (B, L) int64 real tokens, all of them masked in each fraction.
+        draw: source of the masks.
+        fractions: (n,) in (0, 1]; the nearest number of tokens, at least one, is masked in each sequence.
+        conditions: passed on to the network.
+    """
+    rows, length = x0.shape
+    blank = torch.zeros(rows, length, dtype=torch.int64, device=draw.device)
+    means = []
+    for count in (fractions * length).round().long().clamp(1, length).tolist():
+        mask = denoiser.process.mask(blank, denoiser.mask_id, draw, count=torch.full((rows,), count))
+        means.append(masked_nll(denoiser, x0, mask, **conditions).double().mean() / count)
+    return torch.stack(means)
 
 
 def masked_nll(denoiser: TokenDenoiser, x0: Tensor, mask: Tensor, **conditions: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_sgm.methods import RADD, Complete
+from lightning_sgm.methods.token_pictures import unmasking
 from lightning_sgm.networks import MaskedTransformer
 from lightning_sgm.random import Draw
 from lightning_sgm.samplers import UnmaskingSampler
@@ -54,7 +55,7 @@ def test_a_completion_of_one_token_has_the_conditional_law():
 
 def test_an_unmasking_goes_from_all_masks_to_sample_zero():
     radd = model().eval()
-    found = radd.pictures()["unmasking"]
+    found = unmasking(radd)
     masked = (found["x"] == 256).sum(1)
     assert masked[0] == 12
     assert masked[-1] == 0

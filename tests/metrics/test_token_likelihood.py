@@ -124,3 +124,37 @@ def test_misuse_is_named():
         TokenLikelihood()(torch.zeros(2), torch.zeros(2), 3)
     with pytest.raises(ValueError, match="no example"), pytest.warns(UserWarning, match="compute"):
         TokenLikelihood().compute()
+
+
+def controlled(draws, controls, batch):
+    metric, index = TokenLikelihood(), torch.arange(draws.shape[1])
+    for row, chance in zip(draws, controls, strict=True):
+        parts = zip(row.split(batch), chance.split(batch), index.split(batch), strict=True)
+        for nll, control, part in parts:
+            metric.update(nll, part, 8, control)
+    return metric.compute()
+
+
+def test_a_control_takes_its_noise_away_and_leaves_an_honest_error():
+    generator = torch.Generator().manual_seed(1)
+    difficulty = 3 * torch.randn(32, generator=generator, dtype=torch.float64)
+    means, variances = [], []
+    for _ in range(300):
+        chance, rest = torch.randn(2, 6, 32, generator=generator, dtype=torch.float64)
+        result = controlled(difficulty + 2.5 * chance + 0.5 * rest, chance, 4)
+        means.append(result["nll"])
+        variances.append(result["standard_error"].square())
+    truth = 0.25 / (32 * 6)
+    assert float(torch.stack(variances).mean()) == pytest.approx(truth, rel=0.08)
+    assert float(torch.stack(means).var()) == pytest.approx(truth, rel=0.25)
+    assert float(torch.stack(means).mean()) == pytest.approx(float(difficulty.mean()), abs=4 * (truth / 300) ** 0.5)
+
+
+def test_a_control_without_relation_or_with_few_passes_changes_little():
+    draws, chance = torch.randn(2, 6, 32, dtype=torch.float64)
+    plain = fed(passes_of(draws, 4)).compute()
+    both = controlled(draws, chance, 4)
+    assert float(both["nll"]) == pytest.approx(float(plain["nll"]), abs=2 * float(plain["standard_error"]))
+    assert float(both["standard_error"]) == pytest.approx(float(plain["standard_error"]), rel=0.2)
+    few = controlled(draws[:2], chance[:2], 4)  # eight repeats
+    assert float(few["nll"]) == float(fed(passes_of(draws[:2], 4)).compute()["nll"])

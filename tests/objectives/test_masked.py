@@ -10,7 +10,13 @@ from torch import nn
 from lightning_sgm.denoiser import TokenDenoiser
 from lightning_sgm.networks.base import TokenNetwork
 from lightning_sgm.networks.masked_transformer import MaskedTransformer
-from lightning_sgm.objectives.masked import MaskedLoss, MaskedObjective, Stratification, masked_nll
+from lightning_sgm.objectives.masked import (
+    MaskedLoss,
+    MaskedObjective,
+    Stratification,
+    masked_nll,
+    nll_by_masked_fraction,
+)
 from lightning_sgm.processes.absorbing import AbsorbingProcess, Cosine, CosineSquared, Geometric, Loglinear
 from lightning_sgm.random import Draw
 from tests.oracles import ConstantOracle, JointOracle, oracle_denoiser
@@ -324,3 +330,34 @@ def test_wrong_names_are_refused():
         MaskedObjective(stratification="vdm")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="t_min"):
         MaskedObjective(t_min=0.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_controls_have_no_mean_and_take_the_noise_of_the_count(loss, schedule):
+    denoiser = oracle_denoiser(ConstantOracle(torch.tensor([0.25] * 4)))
+    denoiser.process = AbsorbingProcess(schedule)
+    x0, objective = torch.zeros(4000, 16, dtype=torch.int64), MaskedObjective(loss, "independent")
+    nll, control = objective.evaluate(denoiser, x0, Draw(3))
+    assert torch.allclose(nll, objective(denoiser, x0, Draw(3))["nll"])
+    error = float(control.std()) / math.sqrt(len(control))
+    assert abs(float(control.mean())) <= 4 * error
+    # Every masked token costs ln 4: all that is left is a function of the level.
+    left = nll - math.log(4) * control
+    masking = objective.draw_masking(denoiser.process, 4000, 16, Draw(3))
+    level = 1.0 if masking.probability is None else masking.weight * masking.probability
+    assert torch.allclose(left.double(), math.log(4) * torch.as_tensor(level).expand(4000).double(), rtol=1e-4)
+
+
+@torch.no_grad()
+def test_loss_by_masked_fraction():
+    joint = torch.rand(3, 3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    joint /= joint.sum()
+    denoiser, x0 = oracle_denoiser(JointOracle(joint)), torch.tensor([[2, 0, 1, 1]]).expand(3000, 4)
+    found = nll_by_masked_fraction(denoiser, x0, Draw(0), torch.tensor([0.25, 0.5, 1.0]))
+    by_subset = subset_nll(denoiser, x0[0])
+    for value, count in zip(found.tolist(), (1, 2, 4), strict=True):
+        exact = [nll / count for subset, nll in by_subset.items() if len(subset) == count]
+        assert value == pytest.approx(sum(exact) / len(exact), abs=0.05)
+    assert float(found[2]) == pytest.approx(by_subset[0, 1, 2, 3] / 4, rel=1e-5)
