@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
-from lightning_sgm.methods.judging import feed, judge
+from lightning_sgm.methods.judging import feed, judge, prepare
 from lightning_sgm.metrics.base import ExampleMean
 from lightning_sgm.random import Draw, mix, run_seed
 
@@ -230,8 +230,7 @@ class GenerativeModule(LightningModule):
 
     def on_test_start(self) -> None:
         """Metrics are no parts of the model (their feature networks stay out of its checkpoints)."""
-        for metric in self.metrics:
-            metric.to(self.device)
+        prepare(self, self.metrics)
 
     def feed_real(self, batch: Batch) -> None:
         """Show real data to the metrics of samples."""

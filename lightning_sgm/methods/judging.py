@@ -18,11 +18,19 @@ def feed(metric: Metric, batch: Batch, real: bool) -> None:
     metric.update(**{name: batch[name] for name in getattr(metric, "inputs", ("x",))}, real=real)
 
 
+def prepare(module: GenerativeModule, metrics: list[Metric]) -> None:
+    """Put metrics on the module's device, and show the data to those that learn from them (``prepare(data)``)."""
+    for metric in metrics:
+        metric.to(module.device)
+        if hasattr(metric, "prepare"):
+            metric.prepare(getattr(module.trainer, "datamodule", None))
+
+
 def judge(module: GenerativeModule, metrics: list[Metric], count: int) -> dict[str, Tensor]:
     """Values of ``metrics``, which have seen the real data, for ``count`` samples and for as many training examples.
 
     Every process takes its share of both and all get the same values. A metric that is better than its floor by
-    more than the floor's own scatter says nothing more about the samples.
+    more than the floor's own scatter says nothing more about the samples. Metrics with ``floor = False`` have none.
 
     Returns:
         "samples/NAME" and "floor/NAME" (where the data can give examples), scalars, and "samples/evaluations".
@@ -30,7 +38,7 @@ def judge(module: GenerativeModule, metrics: list[Metric], count: int) -> dict[s
     results: dict[str, Tensor] = {}
     examples = _training_examples(module, count)
     if examples is not None:
-        for metric in metrics:
+        for metric in (metric for metric in metrics if getattr(metric, "floor", True)):
             floor = copy.deepcopy(metric)
             feed(floor, examples, real=False)
             results |= _named(floor, "floor")

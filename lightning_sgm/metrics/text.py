@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,26 +93,45 @@ class NGramJudge(DoubleMetric):
     tokens the unit is bits per byte.
 
     Args:
-        vocabulary: number V of real tokens.
+        vocabulary: number V of real tokens; ``prepare`` takes that of the data.
         order: n; a token is judged by the n - 1 before it.
+        most: tokens of the training text from which ``prepare`` learns, the first ones.
 
     Attributes:
         inputs: the batch entries passed to ``update``.
+        floor: no floor is computed: the training text is what the judge knows by heart.
     """
 
     inputs: tuple[str, ...] = ("x",)
     name = "ngram_judge"
+    floor = False
 
-    def __init__(self, vocabulary: int = 256, order: int = 6) -> None:
+    def __init__(self, vocabulary: int = 256, order: int = 6, most: int = 20_000_000) -> None:
         super().__init__()
-        if order < 1:
-            raise ValueError(f"order is {order}: an n-gram has at least one token")
+        if order < 1 or most < order:
+            raise ValueError(f"NGramJudge needs order >= 1 and most >= order tokens, got {order} and {most}")
+        self.most = most
         self.vocabulary = vocabulary
         self.order = order
         self._levels: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for side in ("real", "generated"):
             self.add_sum(f"{side}_bits")
             self.add_sum(f"{side}_tokens")
+
+    def prepare(self, data: Any) -> None:
+        """Learn from the training blocks of a DataModule, unless ``fit`` has been called.
+
+        Raises:
+            ValueError: there is no DataModule.
+        """
+        if self._levels:
+            return
+        if data is None:
+            raise ValueError("NGramJudge learns from the training text: give a DataModule, or call fit(tokens) first")
+        self.vocabulary = data.spec["vocabulary"]
+        blocks = min(data.count("train"), -(-self.most // data.spec["length"]))
+        parts = [data.fetch("train", index, None)["x"].flatten() for index in torch.arange(blocks).split(4096)]
+        self.fit(torch.cat(parts)[: self.most])
 
     def fit(self, tokens: Tensor) -> None:
         """Count the n-grams of one long text; replaces an earlier fit, and ``reset`` keeps it.

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datamodules import TextDataModule
 from lightning_sgm.metrics import NGramJudge, UnigramEntropy
 
 TEXT = Path(__file__).parents[3] / "shared" / "data" / "text"
@@ -146,3 +147,21 @@ def test_judge_of_shakespeare():
     entropies = UnigramEntropy(256)
     entropies.update(tokens("train")[None], real=True)
     assert float(entropies.compute()["corpus_entropy_real"]) == pytest.approx(4.763, abs=0.03)
+
+
+def test_judge_learns_from_the_training_blocks():
+    data = TextDataModule(length=64, windows="random")
+    data.setup()
+    text = torch.cat([batch["x"].flatten() for batch in data.eval_loader("train")])
+    judge, other = NGramJudge(vocabulary=9, order=3), NGramJudge(order=3)
+    judge.prepare(data)
+    other.fit(text)
+    x = data.examples("val", 5)["x"]
+    assert torch.equal(judge.log2_probability(x), other.log2_probability(x))
+    few = NGramJudge(order=3, most=1000)
+    few.prepare(data)
+    other.fit(text[:1000])
+    assert torch.equal(few.log2_probability(x), other.log2_probability(x))
+    few.prepare(None)  # it has learnt
+    with pytest.raises(ValueError, match="learns from the training text"):
+        NGramJudge().prepare(None)
