@@ -6,6 +6,7 @@ metric.inputs}, real=...)`` with real and with generated batches: one sampling p
 
 from lightning_sgm.metrics.arrays import EnergyDistance
 from lightning_sgm.metrics.base import DoubleMetric, ExampleMean
+from lightning_sgm.metrics.generative import GenerativePerplexity
 from lightning_sgm.metrics.images import FrechetDistance
 from lightning_sgm.metrics.likelihood import BitsPerDim, TokenLikelihood
 from lightning_sgm.metrics.text import NGramJudge, UnigramEntropy
@@ -16,6 +17,7 @@ __all__ = [
     "EnergyDistance",
     "ExampleMean",
     "FrechetDistance",
+    "GenerativePerplexity",
     "NGramJudge",
     "TokenLikelihood",
     "UnigramEntropy",
