@@ -21,7 +21,7 @@ from lightning_sgm.metrics.base import ExampleMean
 from lightning_sgm.random import Draw, mix, run_seed
 
 Batch = dict[str, Tensor]
-Decay = Literal["constant", "cosine", "trapezoid"]
+Decay = Literal["constant", "linear", "cosine", "trapezoid"]
 _TRAIN, _EVALUATE, _SAMPLE = 1, 2, 3
 
 
@@ -42,7 +42,7 @@ class GenerativeModule(LightningModule):
         spec: what the data tell the model (shape, vocabulary, ...); linked from the DataModule by the command line.
         optimizer: callable from (name, parameter) pairs to an optimiser; torch's take such pairs as well as parameters.
         warmup: number of updates over which the learning rate rises linearly.
-        decay: the learning rate after warm-up: "constant"; "cosine" down to 0 over the run; "trapezoid", constant and
+        decay: the learning rate after warm-up: "constant"; "linear" or "cosine" down to 0 over the run; "trapezoid", constant and
             in the last fifth linearly down to 0 (Haegele et al. 2024, 2405.18392).
         exact: noise in training keyed by example instead of drawn per batch, so that a step does not depend on how its
             batch is split over processes.
@@ -299,8 +299,9 @@ class GenerativeModule(LightningModule):
             if self.decay == "constant":
                 return rising
             done = min(1.0, update / max(1.0, total))
-            falling = 0.5 * (1.0 + math.cos(math.pi * done)) if self.decay == "cosine" else min(1.0, 5.0 * (1.0 - done))
-            return rising * falling
+            if self.decay == "cosine":
+                return rising * 0.5 * (1.0 + math.cos(math.pi * done))
+            return rising * min(1.0, (5.0 if self.decay == "trapezoid" else 1.0) * (1.0 - done))
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 

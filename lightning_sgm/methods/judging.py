@@ -22,8 +22,9 @@ def prepare(module: GenerativeModule, metrics: list[Metric]) -> None:
     """Put metrics on the module's device, and show the data to those that learn from them (``prepare(data)``)."""
     for metric in metrics:
         metric.to(module.device)
-        if hasattr(metric, "prepare"):
-            metric.prepare(getattr(module.trainer, "datamodule", None))
+        learn: Any = getattr(metric, "prepare", None)
+        if learn is not None:
+            learn(getattr(module.trainer, "datamodule", None))
 
 
 def judge(module: GenerativeModule, metrics: list[Metric], count: int) -> dict[str, Tensor]:

@@ -36,8 +36,8 @@ class RADD(GenerativeModule):
             each command.
         passes: repeated passes over the data by which ``test`` estimates the likelihood bound and its standard error.
         test_losses: further losses by which it does.
-        lengths: of the pieces into which sequences are cut in training, by the update from which on: ``{0: 32, 500:
-            128}``. Short pieces at first teach neighbours sooner, at the same number of tokens.
+        pieces: into how many pieces sequences are cut in training, by the update from which on: ``{0: 4, 500: 2, 1000:
+            1}``. Short pieces at first teach neighbours sooner, at the same number of tokens.
         spec, optimizer, warmup, decay, exact, drop, metrics, test_samples: see :class:`GenerativeModule`; the paper's
             AdamW 3e-4, weight decay 0.03 and 2500 updates of warm-up.
     """
@@ -52,7 +52,7 @@ class RADD(GenerativeModule):
         task: Complete | None = None,
         passes: int = 4,
         test_losses: list[MaskedLoss] | None = None,
-        lengths: dict[int, int] | None = None,
+        pieces: dict[int, int] | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.03),
         warmup: int = 2500,
         decay: Decay = "constant",
@@ -79,9 +79,12 @@ class RADD(GenerativeModule):
         self.task = task
         self.denoiser = TokenDenoiser(self.network, process, spec["vocabulary"])
         self.bound = BoundTest(objective, test_losses or [], passes)
-        self.lengths = lengths or {}
-        if wrong := [length for length in self.lengths.values() if length < 1 or spec["length"] % length]:
-            raise ValueError(f"lengths cut sequences of {spec['length']} tokens into equal pieces, not of {wrong[0]}")
+        self.pieces = pieces or {}
+        if wrong := [count for count in self.pieces.values() if count < 1 or spec["length"] % count]:
+            raise ValueError(
+                f"pieces must be equal: sequences of {spec['length']} tokens cannot be cut into {wrong[0]}; choose "
+                "another data.length or other pieces"
+            )
 
     @property
     def noise_device(self) -> torch.device:
@@ -105,8 +108,8 @@ class RADD(GenerativeModule):
 
     def _pieces(self) -> int:
         """Into how many pieces a sequence is cut at this time of the training."""
-        begun = [update for update in self.lengths if update <= self.updates]
-        return self.spec["length"] // self.lengths[max(begun)] if begun else 1
+        begun = [update for update in self.pieces if update <= self.updates]
+        return self.pieces[max(begun)] if begun else 1
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Several passes with different masks over each corpus; samples' metrics see the test split once."""

@@ -26,16 +26,26 @@ class MaskedTransformer(TokenNetwork):
         blocks: number of transformer blocks.
         heads: attention heads; ``width / heads`` must be even.
         dropout: after attention and after the MLP of each block, in training.
+        embedding_scale: of the table of tokens at first, which is uniform in +-scale / sqrt(width). 1 is the paper's; a
+            small network learns faster from 8.
     """
 
-    def __init__(self, spec: Spec, width: int = 128, blocks: int = 4, heads: int = 4, dropout: float = 0.02) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        width: int = 128,
+        blocks: int = 4,
+        heads: int = 4,
+        dropout: float = 0.02,
+        embedding_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         if width % heads or (width // heads) % 2:
             raise ValueError(f"width {width} must be an even multiple of the number of heads, {heads}")
         if blocks < 1:
             raise ValueError(f"a transformer needs at least one block, got {blocks}")
         self.vocabulary = int(entry(spec, "vocabulary", "MaskedTransformer"))
-        self.vocab_embed = _TokenTable(self.vocabulary + 1, width)
+        self.vocab_embed = _TokenTable(self.vocabulary + 1, width, embedding_scale)
         self.rotary_emb = Rotary(width // heads)
         self.blocks = nn.ModuleList([_Block(width, heads, dropout) for _ in range(blocks)])
         self.output_layer = _Head(width, self.vocabulary)
@@ -51,11 +61,12 @@ class MaskedTransformer(TokenNetwork):
 
 
 class _TokenTable(nn.Module):
-    """Rows of the V tokens and the mask, U(-1/sqrt(width), 1/sqrt(width)) at first."""
+    """Rows of the V tokens and the mask, uniform at first."""
 
-    def __init__(self, rows: int, width: int) -> None:
+    def __init__(self, rows: int, width: int, scale: float) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(torch.empty(rows, width).uniform_(-(width**-0.5), width**-0.5))
+        end = scale * width**-0.5
+        self.embedding = nn.Parameter(torch.empty(rows, width).uniform_(-end, end))
 
 
 class _Block(nn.Module):

@@ -44,6 +44,7 @@ def digits() -> ImageDataModule:
     [
         ("constant", lambda share: 1.0),
         ("cosine", lambda share: 0.5 * (1 + math.cos(share * math.pi))),
+        ("linear", lambda share: 1 - share),
         ("trapezoid", lambda share: min(1.0, (1 - share) / 0.2)),
     ],
 )

@@ -71,7 +71,7 @@ def test_passes(passes):
 
 
 def test_training_on_pieces_is_training_on_shorter_sequences():
-    radd = model(lengths={0: 3, 10: 6})
+    radd = model(pieces={0: 4, 10: 2})
     batch = {"x": torch.randint(0, 256, (5, 12)), "index": torch.arange(5)}
     torch.nn.init.zeros_(radd.network.output_layer.linear.weight)
     radd.network.output_layer.linear.bias.data.copy_(torch.linspace(-3, 3, 257))
@@ -91,7 +91,7 @@ def test_training_on_pieces_is_training_on_shorter_sequences():
 
 
 def test_pieces_do_not_depend_on_their_batch_in_exact_mode():
-    radd = model(lengths={0: 4}).train()
+    radd = model(pieces={0: 3}).train()
     batch = {"x": torch.randint(0, 256, (6, 12)), "index": torch.tensor([3, 9, 2, 7, 1, 0])}
     torch.manual_seed(0)
     radd.network.blocks[0].dropout = 0.0
@@ -100,7 +100,7 @@ def test_pieces_do_not_depend_on_their_batch_in_exact_mode():
     assert torch.allclose(radd.losses(half, Draw(1, half["index"]))["loss"], whole[2:5], rtol=1e-5)
 
 
-@pytest.mark.parametrize("length", [0, 5, 13])
-def test_pieces_that_do_not_fit_are_named(length):
-    with pytest.raises(ValueError, match=f"sequences of 12 tokens into equal pieces, not of {length}"):
-        model(lengths={0: length})
+@pytest.mark.parametrize("count", [0, 5, 13])
+def test_pieces_that_do_not_fit_are_named(count):
+    with pytest.raises(ValueError, match=f"sequences of 12 tokens cannot be cut into {count}"):
+        model(pieces={0: count})

@@ -71,6 +71,8 @@ def test_a_new_network_knows_nothing(tokens):
     assert torch.equal(logp, torch.full((3, 12, 9), -math.log(9)).to(logp))
     assert all((p == 1).all() for name, p in network.named_parameters() if "norm" in name)
     assert network.vocab_embed.embedding.abs().max() <= 16**-0.5
+    wide = MaskedTransformer({"vocabulary": 500}, width=16, blocks=1, heads=2, embedding_scale=8.0)
+    assert 0.99 < float(wide.vocab_embed.embedding.abs().max()) / (8 * 16**-0.5) <= 1
 
 
 def test_equal_to_the_literal_network(tokens):
