@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from datamodules.loaders import Batch, EvalLoader, TrainLoader, permutation
+from datamodules.streaming import StreamLoader
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -70,7 +71,7 @@ class DataModule(LightningDataModule):
             self.load()
             self._loaded = True
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> TrainLoader | StreamLoader:
         """Training batches; under ``Trainer(overfit_batches=...)`` the same ones in every epoch."""
         reshuffle = getattr(self.trainer, "overfit_batches", 0) == 0
         return TrainLoader(
@@ -92,8 +93,13 @@ class DataModule(LightningDataModule):
         """All validation examples once, without augmentation."""
         return self.eval_loader("val")
 
-    def test_dataloader(self) -> EvalLoader:
-        """All test examples once, without augmentation."""
+    @property
+    def test_sets(self) -> tuple[str, ...]:
+        """Names of the loaders that ``test_dataloader`` gives, in order; "" is the test split."""
+        return ("",)
+
+    def test_dataloader(self) -> EvalLoader | list[EvalLoader]:
+        """All test examples once, without augmentation; a list where there are several ``test_sets``."""
         return self.eval_loader("test")
 
     def eval_loader(self, split: Split) -> EvalLoader:

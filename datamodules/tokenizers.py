@@ -60,6 +60,13 @@ def tokenizer_for(name: TokenizerName) -> Tokenizer:
     raise ValueError(f"unknown tokenizer {name!r}: use bytes, gpt2, {{gpt2: FOLDER}} or {{characters: THE SET}}")
 
 
+def described(name: TokenizerName) -> str:
+    """A tokenizer in words; the same words where tokens mean the same, wherever a vocabulary lies."""
+    if isinstance(name, dict):
+        return f"the characters {name['characters']!r}" if "characters" in name else next(iter(name))
+    return name
+
+
 def storage(vocabulary: int) -> type[np.unsignedinteger[Any]]:
     """The smallest unsigned type for ids of this vocabulary; ValueError beyond 65536 tokens."""
     if vocabulary > 1 << 16:

@@ -13,6 +13,7 @@ COMMANDS = {
     "test": "all metrics of a checkpoint on the test split: table, JSON, TensorBoard",
     "predict": "write samples of a checkpoint to files",
     "import": "turn released weights into a checkpoint: import --help",
+    "export": "write a checkpoint's model as a folder for others: export --help",
     "recipes": "list the recipes, one line each",
 }
 
@@ -53,6 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         from lightning_sgm.importing import run as run_import
 
         return run_import(arguments[1:])
+    if arguments[0] == "export":
+        from lightning_sgm.exporting import run as run_export
+
+        return run_export(arguments[1:])
     if arguments[0] not in COMMANDS:
         near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}."

@@ -26,6 +26,16 @@ SOURCES = {
         "Song et al. 2021: a .pth file of their PyTorch code, or the folder of a diffusers model (google/ncsnpp-*, "
         "google/ddpm-*)",
     ),
+    "radd": _Source(
+        "lightning_sgm.io.released.radd",
+        "import_radd",
+        "Ou et al. 2024: a hub folder (JingyangOu/radd-*), the folder of a run of their code, or the file in one",
+    ),
+    "mdlm": _Source(
+        "lightning_sgm.io.released.mdlm",
+        "import_mdlm",
+        "Sahoo et al. 2024: a hub folder (kuleshov-group/mdlm-owt) or a .ckpt of their code, as RADD's network",
+    ),
 }
 """By name; a new source is one function in ``lightning_sgm.io.released`` and a line here."""
 
@@ -92,8 +102,8 @@ def _parser() -> _Parser:
     parser.add_argument("--output", required=True, metavar="FILE", help="checkpoint to write; it must not exist yet")
     parser.add_argument(
         "--model",
-        help="which of the models below it is, where the weights do not tell; or a recipe (name or YAML file) with the "
-        "settings of a model of your own",
+        help="which of the models below it is, where the weights do not tell; or, for all sources, a recipe (name or "
+        "YAML file) with the settings of a model of your own",
     )
     return parser
 

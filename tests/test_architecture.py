@@ -40,7 +40,8 @@ ALLOWED = {
     # Packages by their bare names are imported for the short class names of the command line only.
     "cli": {"arguments", "callbacks", "io", "messages", "methods.base", "optimizers", "trainer", "recipes"},
     "importing": {"io", "messages"},
-    "__main__": {"cli", "importing", "recipes"},
+    "exporting": {"io", "messages"},
+    "__main__": {"cli", "exporting", "importing", "recipes"},
     "__init__": {"methods", "networks", "trainer", "io"},
 }
 SHORT_NAMES = {"guidance", "methods", "metrics", "networks", "objectives", "processes", "samplers"}
@@ -117,7 +118,7 @@ def test_heavy_libraries_are_imported_where_they_are_used(name):
         )
 
 
-@pytest.mark.parametrize("name", ["__init__", "__main__", "recipes", "importing"])
+@pytest.mark.parametrize("name", ["__init__", "__main__", "recipes", "importing", "exporting"])
 def test_help_needs_the_standard_library_only(name):
     for node in TREES[f"lightning_sgm/{name}.py"].body:
         for module, _ in (

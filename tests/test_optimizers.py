@@ -93,6 +93,6 @@ def test_a_closure_is_called_once():
 
 def test_what_it_cannot_do_is_named():
     with pytest.raises(ValueError, match=r"give it module.named_parameters\(\)"):
-        MuonAdamW(network().parameters())  # type: ignore[arg-type]
+        MuonAdamW(network().parameters())
     with pytest.raises(ValueError, match=r"no matrix for Muon"):
         MuonAdamW(nn.Conv2d(1, 1, 3).named_parameters())

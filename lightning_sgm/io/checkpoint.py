@@ -18,6 +18,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 
 from lightning_sgm.io.files import atomic_write
+from lightning_sgm.io.folders import read_folder
 
 TRUSTED = ("lightning_sgm", "datamodules", "torch.nn", "torch.optim", "torchmetrics")
 """Where the classes of a checkpoint may come from: nothing there runs code or touches files when it is built."""
@@ -116,7 +117,7 @@ def load(path: str | Path, allow: tuple[str, ...] = (), **overrides: Any) -> Lig
     here, and the file itself cannot run code.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint, or a folder that ``export`` wrote.
         allow: your own packages whose classes may be built too, beside ``TRUSTED``: ``allow=("my_package",)``.
         overrides: constructor arguments that replace stored ones, or give the parts of a model that was built in
             Python, which a file cannot hold: ``load(path, network=UNet(spec))``.
@@ -185,6 +186,8 @@ def read_file(path: str | Path, kind: str, trusted: Sequence[Any] = (), **how: A
 
 
 def _read(path: str | Path, **how: Any) -> dict[str, Any]:
+    if os.path.isdir(path):
+        return read_folder(Path(path))
     kind = "a checkpoint of lightning_sgm"
     checkpoint = read_file(path, kind, **how)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -42,8 +43,8 @@ class GenerativeModule(LightningModule):
         spec: what the data tell the model (shape, vocabulary, ...); linked from the DataModule by the command line.
         optimizer: callable from (name, parameter) pairs to an optimiser; torch's take such pairs as well as parameters.
         warmup: number of updates over which the learning rate rises linearly.
-        decay: the learning rate after warm-up: "constant"; "linear" or "cosine" down to 0 over the run; "trapezoid", constant and
-            in the last fifth linearly down to 0 (Haegele et al. 2024, 2405.18392).
+        decay: the learning rate after warm-up: "constant"; "linear" or "cosine" down to 0 over the run; "trapezoid",
+            constant and in the last fifth linearly down to 0 (Haegele et al. 2024, 2405.18392).
         exact: noise in training keyed by example instead of drawn per batch, so that a step does not depend on how its
             batch is split over processes.
         drop: probability with which a condition is replaced by its null value in training, by name; a label of K
@@ -104,6 +105,20 @@ class GenerativeModule(LightningModule):
         else:
             kept = {k: v for k, v in arguments.items() if k not in ("self", "__class__", *forget) and _is_plain(v)}
             self.save_hyperparameters({**kept, "_class_path": f"{type(self).__module__}.{type(self).__qualname__}"})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, allow: tuple[str, ...] = (), **overrides: Any) -> Self:
+        """The model in a folder that ``export`` wrote, or in a checkpoint; see :func:`lightning_sgm.load`.
+
+        Raises:
+            FileNotFoundError, ValueError: as ``load``, or the model is of another class.
+        """
+        import lightning_sgm  # resolves ``load`` on first use: methods do not know files
+
+        module = lightning_sgm.load(folder, allow, **overrides)
+        if not isinstance(module, cls):
+            raise ValueError(f"{folder} holds a {type(module).__name__}, not a {cls.__name__}")
+        return module
 
     # What a method gives.
 

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torchmetrics import Metric
 
+from datamodules.tokenizers import described
 from lightning_sgm.denoiser import TokenDenoiser
 from lightning_sgm.methods.base import Batch, Curve, Decay, GenerativeModule
 from lightning_sgm.methods.bound import BoundTest
@@ -105,6 +106,17 @@ class RADD(GenerativeModule):
         if self.spec.get("bytes_per_token"):
             terms["bits_per_byte"] = terms["nll"] / (math.log(2.0) * self.spec["bytes_per_token"])
         return terms
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse data whose tokens mean something else than those the weights were trained on."""
+        super().on_load_checkpoint(checkpoint)
+        stored = (checkpoint.get("hyper_parameters", {}).get("spec") or {}).get("tokenizer")
+        given = self.spec.get("tokenizer")
+        if stored is not None and given is not None and described(stored) != described(given):
+            raise ValueError(
+                f"the model was trained on tokens of {described(stored)}, the data have {described(given)}: leave "
+                "data.tokenizer and data.path as they were, and give other texts as data.corpora"
+            )
 
     def _pieces(self) -> int:
         """Into how many pieces a sequence is cut at this time of the training."""

@@ -112,7 +112,7 @@ def test_mistakes(cli, tmp_path: Path):
 def test_help_lists_sources_and_models(cli):
     code, out, _ = cli("import", "--help")
     assert code == 0
-    for word in ("score_sde", "vp/cifar10_ddpmpp_deep_continuous", "--checkpoint", "--output"):
+    for word in ("score_sde", "radd", "mdlm", "vp/cifar10_ddpmpp_deep_continuous", "--checkpoint", "--output"):
         assert word in out
     assert "import " in cli("--help")[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,33 @@ def test_a_file_of_prompts(user, tmp_path: Path):
     assert [sample(i)[:6] for i in range(3)][1] == b"second"
     assert sample(0).startswith(b"first")
     assert sample(2).startswith(b"first")
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_other_tokens_than_the_model_s_are_refused(user, tmp_path: Path, command: str):
+    (tmp_path / "my.txt").write_text("abc\n" * 1000)
+    checkpoint = "runs/radd/version_0/checkpoints/last.ckpt"
+    options = ["--data.path=my.txt", "--data.tokenizer=characters"]
+    code, _, err = user(command, "--config", "radd", *TINY["radd"], "--ckpt_path", checkpoint, *options)
+    assert code == 1
+    assert r"trained on tokens of bytes, the data have the characters '\nabc': leave data.tokenizer" in err
+
+
+def test_further_corpora_and_losses(user, tmp_path: Path):
+    (tmp_path / "one.txt").write_text("To be, or not to be\n" * 40)
+    (tmp_path / "two.txt").write_text("Nothing will come of nothing\n" * 40)
+    code, _, err = user(
+        *("test", "--config", "radd", *TINY["radd"], "--data.corpora=[one.txt, second=two.txt]"),
+        *("--model.test_losses=[lambda_DCE, t_DSE, t_DCE, k_DCE]", "--model.passes=2"),
+    )
+    assert code == 0, err
+    numbers = json.loads(Path("runs/radd/version_0/test.json").read_text())
+    for corpus in ("", "one/", "second/"):
+        for loss in ("", "lambda_DCE/", "t_DSE/", "t_DCE/"):
+            bits = numbers[f"test/{corpus}{loss}bits_per_byte"]
+            assert bits == pytest.approx(8, abs=2)
+            assert 0 <= numbers[f"test/{corpus}{loss}bits_per_byte_standard_error"] < 2
+    assert not any("k_DCE" in name or "dataloader" in name for name in numbers)
 
 
 def test_a_checkpoint_forgets_what_it_completed(user):

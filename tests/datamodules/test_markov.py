@@ -71,11 +71,12 @@ def test_training_is_endless_and_evaluation_fixed():
     index = torch.arange(100)
     one, other = MarkovDataModule(seed=1), MarkovDataModule(seed=2)
     train = [data.fetch("train", index, epoch)["x"] for data in (one, other) for epoch in (0, 1)]
-    splits = [one.fetch(split, index, None)["x"] for split in ("val", "test")]
+    names: tuple[Split, ...] = ("val", "test")
+    splits = [one.fetch(split, index, None)["x"] for split in names]
     different = torch.cat([*train, *splits])
     assert len(different.unique(dim=0)) == 600
     assert torch.equal(one.fetch("train", index, None)["x"], train[0])
-    for split, x in zip(("val", "test"), splits, strict=True):
+    for split, x in zip(names, splits, strict=True):
         assert torch.equal(other.fetch(split, index, None)["x"], x)
         assert torch.equal(one.fetch(split, index[50:], None)["x"], x[50:])
         assert not torch.equal(MarkovDataModule(law=1).fetch(split, index, None)["x"], x)

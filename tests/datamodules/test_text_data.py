@@ -235,7 +235,7 @@ def test_missing_paths_are_found_at_construction(argument):
         ("photo.jpg", b"abc", r"photo.jpg is not a text file"),
         ("data.txt", b"abc\0def", r"data.txt is not a text file"),
         ("odd.bin", b"abc", r"odd.bin has 3 bytes: a .bin file must hold uint16 tokens"),
-        ("big.bin", b"\xff\xff" * 10, r"big.bin holds the token 65535, outside the vocabulary of 256"),
+        ("big.bin", b"\xff\xff" * 10, r"big.bin holds the token 65535 at position 0, outside the vocabulary of 256"),
         ("fake.parquet", b"abc", r"cannot read .*fake.parquet as parquet"),
         ("short.txt", b"abc", r"the train split of .*short.txt has 3 tokens, fewer than one block of length 128"),
         ("medium.txt", b"abc" * 100, r"the val split of .*medium.txt has 15 tokens, fewer than one block"),
@@ -262,5 +262,5 @@ def test_empty_parquet_is_named(tmp_path):
 
 def test_folder_without_text(tmp_path):
     write(tmp_path / "picture.png", b"x")
-    with pytest.raises(FileNotFoundError, match=r"no .txt or .parquet files with content in the folder"):
+    with pytest.raises(FileNotFoundError, match=r"no .txt, .parquet or .jsonl files with content in the folder"):
         ready(path=str(tmp_path))

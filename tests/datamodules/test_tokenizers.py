@@ -90,7 +90,7 @@ def test_gpt2_files_documents_and_round_trip(bpe_folder, tmp_path):
         length=1,
         windows="blocks",
     )
-    assert data.spec["tokenizer"] == "gpt2"
+    assert data.spec["tokenizer"] == {"gpt2": bpe_folder}
     assert data.spec["vocabulary"] == tokenizer.vocabulary
     assert data.spec["bytes_per_token"] == sum(len(text.encode()) for text in documents) / len(ids)
     assert blocks(data, "val").flatten().tolist() == ids.tolist()

@@ -142,7 +142,7 @@ def test_the_floor_is_the_metric_of_training_data(tmp_path: Path, digits: ImageD
     module = tiny_sde(metrics=[FrechetDistance()], test_samples=200)
     numbers = trainer(tmp_path).test(module, digits, verbose=False)[0]
     direct = FrechetDistance()
-    for batch in digits.test_dataloader():
+    for batch in digits.eval_loader("test"):
         direct.update(batch["x"], real=True)
     direct.update(digits.examples("train", 200)["x"], real=False)
     assert numbers["test/floor/frechet_pixels"] == pytest.approx(direct.compute().item(), rel=1e-5)

@@ -132,11 +132,11 @@ def test_pairs_of_letters_come_as_often_as_in_the_chain(arguments):
 def test_exact_conditionals_cost_the_entropy(states, loss):
     data = MarkovDataModule(states, 16, law=1)
     denoiser = TokenDenoiser(ExactMarkov(data.spec), AbsorbingProcess(), states)
-    objective, draw, means = MaskedObjective(loss), Draw(7), []
+    objective, draw, found = MaskedObjective(loss), Draw(7), []
     for epoch in range(40):
         x = data.fetch("train", torch.arange(1000), epoch)["x"]
-        means.append(objective(denoiser, x, draw)["nll"].double().mean())
-    means = torch.stack(means)
+        found.append(objective(denoiser, x, draw)["nll"].double().mean())
+    means = torch.stack(found)
     error = means.std().item() / math.sqrt(len(means))
     assert error < 0.012 * data.spec["entropy"]
     # The times below t_min = 1e-3 are worth at most about ln V / 1000 per token.

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from lightning_sgm.io.checkpoint import read_file
 from lightning_sgm.io.released.configurations import named
-from lightning_sgm.io.released.model import Imported, State, image_spec, with_spec
+from lightning_sgm.io.released.model import Imported, State, image_spec, read_tensors, with_spec
+from lightning_sgm.io.tensors import read_json
 from lightning_sgm.recipes import overlay
 
-_KIND = "weights of a diffusers model"
+_KIND, _WANTED = "weights of a diffusers model", "give the folder of a diffusers model"
 # Attention layers were renamed, and files written before still have the old names.
 _RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 _PREDICTIONS = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
@@ -32,7 +29,7 @@ def import_folder(folder: Path, model: str | None = None) -> Imported:
         ValueError: the model or its scheduler is none of those known here, or a file is damaged.
     """
     place = folder / "unet" if (folder / "unet").is_dir() else folder
-    config = _read_json(place / "config.json")
+    config = read_json(place / "config.json", _WANTED)
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise ValueError(f"{folder} holds a {config['_class_name']}; only a UNet2DModel can be imported")
     values = _settings(folder, config, model)
@@ -82,7 +79,7 @@ def _settings(folder: Path, config: dict[str, Any], model: str | None) -> dict[s
             raise ValueError(f"{model} has another kind of noise label than the model in {folder}")
         return values
     assert file is not None
-    changes = (_ve if fourier else _ddpm)(_read_json(file), file)
+    changes = (_ve if fourier else _ddpm)(read_json(file, _WANTED), file)
     return overlay(named(_VE if fourier else _DDPM), {"model": {"init_args": changes}})
 
 
@@ -134,37 +131,11 @@ def _ddpm(scheduler: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def _weights(place: Path) -> State:
     """The tensors of a model's folder under today's names."""
-    safe, pickled = (place / f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "bin"))
-    if safe.is_file():
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            found = load_file(safe)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{safe} is not {_KIND} or is damaged: {error}") from error
-    elif pickled.is_file():
-        found = read_file(pickled, _KIND, map_location="cpu", mmap=True)
-    else:
-        raise FileNotFoundError(f"there is no {safe}")
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise ValueError(f"{place} is not {_KIND}: it holds no tensors by name")
+    files = [place / f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "bin")]
     weights: State = {}
-    for name, tensor in found.items():
+    for name, tensor in read_tensors(files, _KIND).items():
         for old, new in _RENAMED.items():
             name = name.replace(old, new)
         if name != "time_proj.W":  # the frequencies under a second name
             weights[name] = tensor.float()
     return weights
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no {file}: give the folder of a diffusers model")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is damaged: it holds no settings")
-    return values

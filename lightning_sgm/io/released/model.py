@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +15,12 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_c
 from torch import Tensor
 
 from lightning_sgm import networks, objectives, processes, samplers  # noqa: F401  (short class names in recipes)
-from lightning_sgm.io.checkpoint import AtomicCheckpointIO
+from lightning_sgm.io.checkpoint import AtomicCheckpointIO, read_file
+from lightning_sgm.io.folders import INSTANTIATOR
+from lightning_sgm.io.tensors import read_safetensors
 from lightning_sgm.methods.base import GenerativeModule
 
 State = dict[str, Tensor]
-_INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
 class Imported(NamedTuple):
@@ -95,6 +96,26 @@ def differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Di
     )
 
 
+def read_tensors(files: Sequence[Path], kind: str) -> State:
+    """The tensors by name in the first of ``files`` that exists: a .safetensors file, or one of ``torch.save``.
+
+    Args:
+        files: where they may be.
+        kind: what they are, for messages: "weights of a diffusers model".
+
+    Raises:
+        FileNotFoundError: none exists.
+        ValueError: it is damaged or holds something else.
+    """
+    file = next((file for file in files if file.is_file()), files[0])
+    if file.suffix == ".safetensors":
+        return read_safetensors(file, kind)
+    found = read_file(file, kind, map_location="cpu", mmap=True)
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise ValueError(f"{file} is not {kind}: it holds no tensors by name")
+    return found
+
+
 def build(model: dict[str, Any]) -> LightningModule:
     """The method of a recipe's model section, with the hyper-parameters that the command line would store.
 
@@ -111,7 +132,7 @@ def build(model: dict[str, Any]) -> LightningModule:
             raise ValueError(str(error)) from error
         stored = yaml.safe_load(parser.dump(parsed, skip_none=False))["model"]
         arguments = {"_class_path": stored["class_path"], **stored["init_args"]}
-        with _given_hyperparameters_context(arguments, _INSTANTIATOR):
+        with _given_hyperparameters_context(arguments, INSTANTIATOR):
             module = parser.instantiate_classes(parsed).model
     assert isinstance(module, LightningModule)
     return module
@@ -146,6 +167,6 @@ def save(imported: Imported, path: Path) -> LightningModule:
         checkpoint["raw_state"] = {name: tensor for name, tensor in imported.raw.items() if name in trained}
     if imported.data is not None:
         stored = {"_class_path": imported.data["class_path"], **imported.data.get("init_args", {})}
-        checkpoint["datamodule_hyper_parameters"] = {**stored, "_instantiator": _INSTANTIATOR}
+        checkpoint["datamodule_hyper_parameters"] = {**stored, "_instantiator": INSTANTIATOR}
     AtomicCheckpointIO().save_checkpoint(checkpoint, path)
     return module.eval()

@@ -1,0 +1,79 @@
+"""``python -m lightning_sgm export``: a checkpoint's model as a folder for others. Light until it is used."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+
+def run(arguments: list[str]) -> int:
+    """Export a model; exit code 0, 1 (it cannot be exported) or 2 (wrong usage)."""
+    debug = "--debug" in arguments
+    try:
+        given = _parser().parse_args([argument for argument in arguments if argument != "--debug"])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    checkpoint, output = Path(given.checkpoint), Path(given.output)
+    if output.exists():
+        return _failed(f"{output} exists already: remove it or give another --output", 2)
+    if not checkpoint.exists():
+        return _failed(f"there is no {checkpoint}: give the .ckpt file of a run", 2)
+    try:
+        _export(checkpoint, output, given.allow)
+    except KeyboardInterrupt:
+        return _failed("stopped by Ctrl-C; nothing was written", 130)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        from lightning_sgm.messages import one_line
+
+        return _failed(one_line(error), 2 if isinstance(error, FileNotFoundError) else 1)
+    return 0
+
+
+def _export(checkpoint: Path, output: Path, allow: list[str]) -> None:
+    from lightning_sgm.io.checkpoint import foreign_name, hyper_parameters
+    from lightning_sgm.io.export import export
+
+    stored = hyper_parameters(checkpoint)
+    if name := foreign_name([stored.model_class, stored.model], allow):
+        raise ValueError(
+            f"{checkpoint} asks for {name}; if you trust it, add --allow {name.partition('.')[0]} to the command"
+        )
+    module = export(checkpoint, output, tuple(allow))
+    name, number = type(module).__name__, sum(parameter.numel() for parameter in module.parameters())
+    print(f"model: {name}, {number:,} parameters, averaged weights\nwrote: {output}")
+    print(f'next: python -c "import lightning_sgm; model = lightning_sgm.load({str(output)!r})"')
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see python -m lightning_sgm export --help\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m lightning_sgm export",
+        description="Write the averaged weights of a checkpoint as model.safetensors and its settings as config.json. "
+        "lightning_sgm.load(folder) reads them back; models with RADD's transformer are read by RADD's own code too, "
+        "and by import --source radd.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint of this package")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write; it must not exist yet")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="let the checkpoint use classes of this package of yours; importing them runs its code",
+    )
+    return parser
+
+
+def _failed(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
