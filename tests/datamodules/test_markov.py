@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from datamodules import MarkovDataModule
-from datamodules.base import SPLITS
+from datamodules.base import SPLITS, Split
 from datamodules.tokenizers import tokenizer_for
 from tests.samplers.test_unmasking import assert_law
 
