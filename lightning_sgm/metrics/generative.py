@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.tokenizers import Tokenizer, TokenizerName, tokenizer_for
+from datamodules.tokenizers import Tokenizer, TokenizerName, storage, tokenizer_for
 from lightning_sgm.metrics.base import DoubleMetric
+from lightning_sgm.metrics.text import check_tokens
 
 
 class GenerativePerplexity(DoubleMetric):
@@ -20,12 +20,14 @@ class GenerativePerplexity(DoubleMetric):
     - ``perplexity_radd`` (Ou et al. 2024 and SEDD): the tokens as they were generated, text behind the end of a
       document included; exp of the mean negative log-likelihood of each sequence, then the mean over sequences, which
       the worst of them rule. Where the judge has other tokens than the model, of the text in the judge's tokens.
-    - ``perplexity_mdlm`` (Sahoo et al. 2024): the text in the judge's tokens again, without its end-of-text tokens
-      but the first; exp of the mean over all tokens of all texts.
+    - ``perplexity_mdlm`` (Sahoo et al. 2024, as their code has it): the text in the judge's tokens again, cut to as
+      many as were generated; exp of the mean over all tokens of all texts, end-of-text tokens but the first left out.
+      (Their padding, which may count as an end, is not followed.)
 
-    The first token of a text is not judged. Texts longer than the judge's context are judged in pieces of it. Read
-    these numbers next to :class:`~lightning_sgm.metrics.UnigramEntropy` and to those of real text (``_real``): text
-    that repeats itself has a low perplexity.
+    The first token of a text is not judged. Texts longer than the judge's context are judged in pieces of it, each
+    with a first token of its own. Probabilities are float32 whatever the trainer's precision. Read these numbers next
+    to :class:`~lightning_sgm.metrics.UnigramEntropy` and to those of real text (``_real``): text that repeats itself
+    has a low perplexity.
 
     Args:
         model: name on the Hugging Face hub, or a folder with model and tokenizer.
@@ -66,14 +68,13 @@ class GenerativePerplexity(DoubleMetric):
         if self._judge is not None:
             return
         if self.tokenizer is None:
-            if data is None:
-                raise ValueError("GenerativePerplexity cannot read tokens without a DataModule: give it a tokenizer")
+            if data is None or "tokenizer" not in data.spec:
+                raise ValueError("GenerativePerplexity cannot read tokens without text data: give it a tokenizer")
             self.tokenizer = data.spec["tokenizer"]
         self._own = tokenizer_for(self.tokenizer)
         self._judge, self._judge_tokenizer = _load(self.model)
         self._judge.to(self.device)
-        gpt2 = self.tokenizer == "gpt2" or (isinstance(self.tokenizer, dict) and "gpt2" in self.tokenizer)
-        self._same = gpt2 and len(self._judge_tokenizer) == self._own.vocabulary
+        self._same = _same_tokens(self._own, self._judge_tokenizer)
 
     @torch.no_grad()
     def update(self, x: Tensor, real: bool) -> None:
@@ -85,17 +86,26 @@ class GenerativePerplexity(DoubleMetric):
         """
         self.prepare(None)
         assert self._own is not None
+        check_tokens(x, self._own.vocabulary)
         side = "real" if real else "generated"
-        texts = [self._own.raw(row).decode("utf-8", errors="replace") for row in x.cpu().numpy().astype(np.uint16)]
+        texts = [_text(self._own, row) for row in x.cpu().numpy()]
         again = [torch.tensor(self._judge_tokenizer(text)["input_ids"], dtype=torch.int64) for text in texts]
-        for nll, ids in self._judged(again):
-            end = ids[1:] == self._judge_tokenizer.eos_token_id
-            counted = ~end | (end.cumsum(0) == 1)
+        again = [ids[: x.shape[1]] for ids in again]
+        rows = list(x.cpu()) if self._same else list(again)
+        # Tokens that both conventions share are judged once.
+        changed = [i for i, ids in enumerate(again) if not torch.equal(ids, rows[i])]
+        judged = self._judged(rows + [again[i] for i in changed])
+        retold = judged[: len(rows)]
+        for pieces in filter(None, retold):
+            self.add(f"{side}_perplexities", torch.cat([nll for nll, _ in pieces]).mean().exp())
+            self.add(f"{side}_sequences", 1.0)
+        for i, pieces in zip(changed, judged[len(rows) :], strict=True):
+            retold[i] = pieces
+        for nll, ids in (piece for pieces in retold for piece in pieces):
+            end = ids == self._judge_tokenizer.eos_token_id
+            counted = (~end | (end.cumsum(0) == 1))[1:]
             self.add(f"{side}_nll", nll[counted].sum())
             self.add(f"{side}_tokens", float(counted.sum()))
-        for nll, _ in self._judged(list(x.cpu()) if self._same else again):
-            self.add(f"{side}_perplexities", nll.mean().exp())
-            self.add(f"{side}_sequences", 1.0)
 
     def compute(self) -> dict[str, Tensor]:
         """perplexity_radd and perplexity_mdlm of samples, and with ``_real`` of data; what was fed."""
@@ -109,19 +119,35 @@ class GenerativePerplexity(DoubleMetric):
                 ).exp()
         return result
 
-    def _judged(self, rows: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(n - 1,) float64 nats of all tokens but the first, and the (n,) tokens, of every piece of every row."""
+    def _judged(self, rows: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
+        """For every piece of every row the (n - 1,) float64 nats of all tokens but the first, and the (n,) tokens."""
         context = getattr(self._judge.config, "max_position_embeddings", None) or max(map(len, rows))
-        pieces = [piece for row in rows for piece in row.split(context) if len(piece) > 1]
+        pieces = [(i, piece) for i, row in enumerate(rows) for piece in row.split(context) if len(piece) > 1]
+        judged: list[list[tuple[Tensor, Tensor]]] = [[] for _ in rows]
         for start in range(0, len(pieces), self.batch_size):
             batch = pieces[start : start + self.batch_size]
-            longest = max(map(len, batch))
-            ids = torch.stack([F.pad(piece, (0, longest - len(piece))) for piece in batch]).to(self.device)
-            inside = torch.arange(longest) < torch.tensor([[len(piece)] for piece in batch])
-            logits = self._judge(ids, attention_mask=inside.long().to(self.device)).logits[:, :-1].float()
-            nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(batch), -1)
-            for values, piece in zip(nll.double(), batch, strict=True):
-                yield values[: len(piece) - 1], piece.to(self.device)
+            longest = max(len(piece) for _, piece in batch)
+            ids = torch.stack([F.pad(piece, (0, longest - len(piece))) for _, piece in batch]).to(self.device)
+            inside = torch.arange(longest) < torch.tensor([[len(piece)] for _, piece in batch])
+            with torch.autocast(self.device.type, enabled=False):
+                logits = self._judge(ids, attention_mask=inside.long().to(self.device)).logits[:, :-1].float()
+                nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            for (i, piece), values in zip(batch, nll.view(len(batch), -1).double(), strict=True):
+                judged[i].append((values[: len(piece) - 1], piece.to(self.device)))
+        return judged
+
+
+def _text(tokenizer: Tokenizer, row: Any) -> str:
+    """What a row of tokens says; bytes that are no UTF-8 become U+FFFD."""
+    return tokenizer.raw(row.astype(storage(tokenizer.vocabulary))).decode("utf-8", errors="replace")
+
+
+def _same_tokens(own: Tokenizer, judge: Any) -> bool:
+    """Whether every token of the model is the same text as the judge's token of that number."""
+    if len(judge) != own.vocabulary:
+        return False
+    texts = judge.batch_decode([[i] for i in range(own.vocabulary)], clean_up_tokenization_spaces=False)
+    return all(_text(own, np.array([i])) == text for i, text in enumerate(texts))
 
 
 def _load(name: str) -> tuple[Any, Any]:

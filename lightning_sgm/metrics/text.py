@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_sgm.metrics.base import DoubleMetric
 
 
-def _check_tokens(x: Tensor, vocabulary: int) -> None:
+def check_tokens(x: Tensor, vocabulary: int) -> None:
+    """Raise a ValueError unless all of ``x`` are in [0, vocabulary)."""
     if x.numel() and (int(x.min()) < 0 or int(x.max()) >= vocabulary):
         raise ValueError(
             f"tokens must be in [0, {vocabulary}), found {int(x.min())} to {int(x.max())}: is a mask left in a sample?"
@@ -56,7 +57,7 @@ class UnigramEntropy(DoubleMetric):
             x: (B, L) tokens in [0, V), long.
             real: whether they are data or samples.
         """
-        _check_tokens(x, self.vocabulary)
+        check_tokens(x, self.vocabulary)
         rows, length = x.shape
         row = torch.arange(rows, device=x.device)[:, None]
         # Counting the distinct (row, token) pairs needs memory for B L of them, not B V.
@@ -139,7 +140,7 @@ class NGramJudge(DoubleMetric):
         Args:
             tokens: (N,) long, N >= order.
         """
-        _check_tokens(tokens, self.vocabulary)
+        check_tokens(tokens, self.vocabulary)
         if tokens.dim() != 1 or len(tokens) < self.order:
             raise ValueError(
                 f"NGramJudge needs one text (N,) of at least {self.order} tokens, got {tuple(tokens.shape)}"
@@ -172,7 +173,7 @@ class NGramJudge(DoubleMetric):
         """
         if not self._levels:
             raise ValueError("NGramJudge has no text to judge by: call fit(tokens) first")
-        _check_tokens(x, self.vocabulary)
+        check_tokens(x, self.vocabulary)
         x = x.cpu()
         scored = x.shape[1] - self.order + 1
         if scored < 1:
