@@ -96,7 +96,8 @@ class NGramJudge(DoubleMetric):
     Args:
         vocabulary: number V of real tokens; ``prepare`` takes that of the data.
         order: n; a token is judged by the n - 1 before it.
-        most: tokens of the training text from which ``prepare`` learns, the first ones.
+        most: tokens of the training text from which ``prepare`` learns, the first ones. In order 6 learning takes 60
+            bytes of memory per token of English bytes and at most 170, of which 10 and at most 150 stay.
 
     Attributes:
         inputs: the batch entries passed to ``update``.
@@ -131,7 +132,10 @@ class NGramJudge(DoubleMetric):
             raise ValueError("NGramJudge learns from the training text: give a DataModule, or call fit(tokens) first")
         self.vocabulary = data.spec["vocabulary"]
         blocks = min(data.count("train"), -(-self.most // data.spec["length"]))
-        parts = [data.fetch("train", index, None)["x"].flatten() for index in torch.arange(blocks).split(4096)]
+        if getattr(data, "streaming", False):  # its blocks have no numbers
+            parts = [data.examples("train", blocks)["x"].flatten()]
+        else:
+            parts = [data.fetch("train", index, None)["x"].flatten() for index in torch.arange(blocks).split(4096)]
         self.fit(torch.cat(parts)[: self.most])
 
     def fit(self, tokens: Tensor) -> None:

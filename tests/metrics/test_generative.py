@@ -85,11 +85,11 @@ def test_other_tokens_are_judged_as_text_and_long_texts_in_pieces(judge):
 
 
 def test_text_is_cut_to_the_tokens_that_were_generated(judge):
-    """MDLM truncates the text told again to the model's length; the judge knows "the cat" in fewer tokens than bytes."""
+    """As MDLM truncates it to the model's length. A broken character is told again as U+FFFD, three bytes."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(judge)
     letters = [tokenizer.convert_tokens_to_ids(letter) for letter in ("Ã", "Ã", "t", "h")]
     again = tokenizer(tokenizer.decode(letters))["input_ids"]
-    assert len(again) > 4  # a broken character is told again as U+FFFD, three bytes
+    assert len(again) > 4
     metric = GenerativePerplexity(str(judge), {"gpt2": str(judge)})
     metric.update(torch.tensor([letters]), real=False)
     assert float(metric.compute()["perplexity_mdlm"]) == pytest.approx(

@@ -165,3 +165,23 @@ def test_judge_learns_from_the_training_blocks():
     few.prepare(None)  # it has learnt
     with pytest.raises(ValueError, match="learns from the training text"):
         NGramJudge().prepare(None)
+
+
+def test_judge_learns_from_a_stream():
+    class Stream:
+        streaming = True
+        spec = {"vocabulary": 5, "length": 10}
+        text = torch.randint(0, 5, (400,), generator=torch.Generator().manual_seed(0))
+
+        def count(self, split):
+            return 1000
+
+        def examples(self, split, count):
+            return {"x": self.text.view(40, 10)[:count]}
+
+    data, other = Stream(), NGramJudge(vocabulary=5, order=3)
+    judge = NGramJudge(order=3, most=205)
+    judge.prepare(data)
+    other.fit(data.text[:205])
+    x = data.text[300:].view(10, 10)
+    assert torch.equal(judge.log2_probability(x), other.log2_probability(x))

@@ -158,3 +158,17 @@ def test_a_control_without_relation_or_with_few_passes_changes_little():
     assert float(both["standard_error"]) == pytest.approx(float(plain["standard_error"]), rel=0.2)
     few = controlled(draws[:2], chance[:2], 4)  # eight repeats
     assert float(few["nll"]) == float(fed(passes_of(draws[:2], 4)).compute()["nll"])
+
+
+def test_processes_merge_controls_too():
+    draws, chance = torch.randn(2, 6, 32, dtype=torch.float64)
+    draws = draws + 2 * chance
+    whole = controlled(draws, chance, 4)
+    parts = [TokenLikelihood(), TokenLikelihood()]
+    for row, control in zip(draws, chance, strict=True):
+        batches = zip(row.split(4), control.split(4), torch.arange(32).split(4), strict=True)
+        for i, (nll, noise, index) in enumerate(batches):
+            parts[i % 2].update(nll, index, 8, noise)
+    parts[0].merge_state(parts[1])
+    for name, value in parts[0].compute().items():
+        assert float(value) == pytest.approx(float(whole[name]), rel=1e-12), name

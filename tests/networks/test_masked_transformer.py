@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sgm.networks.masked_transformer import MaskedTransformer
+from lightning_sgm.networks.masked_transformer import MaskedTransformer, _attention
 from lightning_sgm.testing import check_network
 from tests.benchmarks.bench_radd_training import LiteralTransformer
 
@@ -185,3 +185,15 @@ def test_wrong_sizes_and_data_are_refused():
         MaskedTransformer(SPEC, blocks=0)
     with pytest.raises(ValueError, match="MaskedTransformer needs 'vocabulary'"):
         MaskedTransformer({"kind": "image", "shape": [1, 8, 8]})
+
+
+def test_attention_in_bfloat16_is_that_of_float32(tokens):
+    network = make(width=24, blocks=2, heads=3)
+    expected = network(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network(tokens)
+    assert found.dtype == torch.bfloat16
+    assert float((found - expected).abs().mean() / expected.abs().mean()) < 0.03
+    q, k, v = torch.randn(3, 2, 3, 12, 8)
+    low = _attention(*(part.bfloat16() for part in (q, k, v))).float()
+    assert torch.allclose(low, torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=0.03)
