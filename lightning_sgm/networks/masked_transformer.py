@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from lightning_sgm.networks.base import Spec, TokenNetwork, entry
 from lightning_sgm.networks.embed import Rotary
 
-
 _SHORT = 512  # tokens up to which a table of all pairs is no burden
 
 
