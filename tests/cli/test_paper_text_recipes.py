@@ -21,6 +21,8 @@ PARAMETERS = {"paper/radd_small_owt": 162_265_682, "paper/radd_medium_owt": 405_
 def test_one_update_in_full_size(cli, recipe: str, tmp_path: Path):
     np.random.default_rng(0).integers(0, 50257, 4 * 64, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
     options = {
+        "data.dataset": "null",
+        "data.cache": "null",
         "data.path": "tokens.bin",
         "data.val_path": "tokens.bin",
         "data.test_path": "tokens.bin",
