@@ -20,6 +20,7 @@ from lightning_sgm.arguments import Invocation, UsageError, prepare
 from lightning_sgm.callbacks import EMA, Checkpoints, Compile, SampleLogger
 from lightning_sgm.io.checkpoint import foreign_name
 from lightning_sgm.io.files import write_json
+from lightning_sgm.io.tables import table
 from lightning_sgm.messages import Parser, one_line, quiet
 from lightning_sgm.methods.base import GenerativeModule
 from lightning_sgm.recipes import RecipeError
@@ -87,14 +88,19 @@ class CLI(LightningCLI):
         self._save_numbers("validate")
 
     def before_instantiate_classes(self) -> None:
-        """Sampling needs no data: the checkpoint has their spec."""
+        """Sampling needs no data: the checkpoint has their spec. Tables of numbers are ours."""
         if self.subcommand == "predict":
             self.config["predict"]["data"] = None
+        if self.subcommand in ("test", "validate"):
+            self._verbose = self.config[self.subcommand]["verbose"]
+            self.config[self.subcommand]["verbose"] = False
 
     def _save_numbers(self, command: str) -> None:
         folder = self.trainer.log_dir  # asks all processes
         if folder and self.trainer.is_global_zero:
             numbers = {key: float(value) for key, value in sorted(self.trainer.callback_metrics.items())}
+            if self._verbose:
+                print(table(numbers))
             path = Path(folder) / f"{command}.json"
             write_json(path, {"checkpoint": str(self.trainer.ckpt_path), **numbers})
             print(f"numbers: {path}")

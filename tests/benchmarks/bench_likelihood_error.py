@@ -3,13 +3,14 @@
 ``OMP_NUM_THREADS=1 python tests/benchmarks/bench_likelihood_error.py --checkpoint FILE --text FILE`` passes the text
 16 times under each of the four losses, ``--repeats`` times with other masks, and prints after 4, 8 and 16 passes
 
-- bits: mean of the estimates over the repeats; the four should agree,
+- bits: mean of the estimates over the repeats; the four should agree (t_DSE and t_DCE have the same estimate),
 - error: what TokenLikelihood reports (root mean square over the repeats), in percent of the perplexity,
-- spread: standard deviation of the estimates over the repeats, in the same unit, which the error should equal,
+- spread: standard deviation of the estimates over the repeats, in the same unit, which the error should not fall short
+  of (it takes batches for independent, and their levels are spread together),
 - plain: the error without control variate.
 
 The goal is an error of at most 0.5 % of the perplexity from at most 16 passes (radd.md section 10). ``--every`` takes
-every so many batches of 32 blocks; errors are then scaled to the whole text, as 1 / sqrt(batches).
+every so many batches of 32 blocks; errors are then scaled to the whole text, as 1 / sqrt(blocks).
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ Found = dict[int, dict[str, Tensor]]
 
 
 def batches_of(path: str, model: RADD, every: int) -> tuple[list[Tensor], list[Tensor], int]:
-    """Batches of blocks of a text as bytes, their numbers, and how many batches there are in all."""
+    """Batches of blocks of a text as bytes, their numbers, and how many blocks there are in all."""
     if model.spec["tokenizer"] != "bytes":
         raise SystemExit("this benchmark reads bytes, and the model knows other tokens")
     tokens = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8).long()
     length = model.spec["length"]
     blocks = tokens[: len(tokens) // length * length].view(-1, length)
     batches, index = blocks.split(BATCH), torch.arange(len(blocks)).split(BATCH)
-    return list(batches[::every]), list(index[::every]), len(batches)
+    return list(batches[::every]), list(index[::every]), len(blocks)
 
 
 def estimates(model: RADD, objective: MaskedObjective, batches: list[Tensor], index: list[Tensor], seed: int) -> Found:
@@ -68,8 +69,9 @@ def main() -> None:
     model = load(arguments.checkpoint).eval()
     assert isinstance(model, RADD)
     batches, index, total = batches_of(arguments.text, model, arguments.every)
-    percent = 100 * math.sqrt(len(batches) / total)
-    print(f"{len(batches)} of {total} batches, {arguments.repeats} repeats; errors in % of the whole text's perplexity")
+    taken = sum(map(len, batches))
+    percent = 100 * math.sqrt(taken / total)
+    print(f"{taken} of {total} blocks, {arguments.repeats} repeats; errors in % of the whole text's perplexity")
     print("loss         passes    bits   error  spread   plain", flush=True)
     for loss in get_args(MaskedLoss):
         objective = MaskedObjective(loss)
