@@ -102,6 +102,10 @@ class DataModule(LightningDataModule):
         """All test examples once, without augmentation; a list where there are several ``test_sets``."""
         return self.eval_loader("test")
 
+    def bytes_per_token_of(self, name: str) -> float | None:
+        """Text bytes per token in a test set (``name`` of ``test_sets``), as far as that is known."""
+        return self.spec.get("bytes_per_token")
+
     def eval_loader(self, split: Split) -> EvalLoader:
         """All examples of any split once, in order, without augmentation (e.g. to score the training examples)."""
         return EvalLoader(lambda index, epoch: self.fetch(split, index, epoch), self.count(split), self.batch_size)

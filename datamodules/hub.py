@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datamodules.text_sources import Chunk, stamp, text_bytes
+from datamodules.text_sources import Chunk, text_bytes
 
 _ROWS = 1000  # that are read at once
 
@@ -46,9 +46,9 @@ class HubRows:
             place += len(documents)
 
     def fingerprint(self) -> list[Any]:
-        """Number of rows and the library's files, whose names hold a hash of the data."""
-        files = [entry["filename"] for entry in self._rows.cache_files]
-        return [self.size, *(stamp(Path(file)) for file in files)]
+        """Number of rows and the library's files, whose folders hold a hash of the data, wherever its cache lies."""
+        files = [Path(entry["filename"]) for entry in self._rows.cache_files]
+        return [self.size, *([*file.parts[-2:], file.stat().st_size] for file in files)]
 
 
 class HubShards:

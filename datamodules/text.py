@@ -64,7 +64,8 @@ class TextDataModule(DataModule):
         test_fraction: part of the tokens of the training text for testing.
         seed: of the order and the offsets.
         cache: folder for tokens: text is tokenized once, in chunks, and mapped from disk from then on, so it may be
-            larger than memory. Validation and test are then cut off the end. None keeps all tokens in memory.
+            larger than memory. Validation and test are then cut off the end. Machines may share it if the text lies at
+            the same place for all; else give each its own. None keeps all tokens in memory.
         corpora: further texts that ``test`` measures one by one: files or folders as ``path``, NAME=PATH, or lambada,
             wikitext2, ptb, wikitext103, lm1b: the sets of zero-shot perplexity, from the hub (or, as wikitext2=PATH,
             from own files) with the paper's splits and detokenizers.
@@ -72,7 +73,8 @@ class TextDataModule(DataModule):
             `datasets` library knows how to read. It is kept in the library's cache.
         dataset_config: of the set, where it has several.
         dataset_split: of the set, for training.
-        val_split: of the set, for validation; None cuts ``val_fraction`` off.
+        val_split: of the set, for validation; None cuts ``val_fraction`` off. It is not streamed: the library may keep
+            all of the set for it.
         test_split: of the set, for testing; None cuts ``test_fraction`` off.
         streaming: train on ``dataset`` while it is being read, always in blocks, without keeping it; see ``Packer``.
         stream_examples: blocks of an epoch of a stream, over all processes; the next epoch goes on where it ended.

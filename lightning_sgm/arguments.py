@@ -115,7 +115,9 @@ def prepare(argv: list[str]) -> Invocation:
             else:
                 _add_config(invocation, value)
         elif key in _GIVEN and argv[0] == "predict":
-            invocation.options.append(_task(_GIVEN[key], value if has_value else next(rest, "")))
+            value = value if has_value else next(rest, "")
+            given = "" if value.startswith("--") and not has_value else value
+            invocation.options.append(_task(_GIVEN[key], given))
         elif (
             argument.endswith((".yaml", ".yml")) and not argument.startswith("-") and not _is_value(invocation.options)
         ):
@@ -133,7 +135,8 @@ def prepare(argv: list[str]) -> Invocation:
 def _task(argument: str, text: str) -> str:
     """A text to complete as an inline recipe, in which it is not parsed any further."""
     if not text:
-        raise UsageError(f"--{'prompts' if argument == 'file' else argument} needs a value after it")
+        name = "prompts" if argument == "file" else argument
+        raise UsageError(f"--{name} needs a value after it (--{name}=TEXT if it begins with --)")
     task = {"class_path": "Complete", "init_args": {argument: text}}
     return f"--config={json.dumps({'model': {'init_args': {'task': task}}})}"
 

@@ -69,10 +69,21 @@ class MuonAdamW(Optimizer):
         for part, group in zip(self._parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of any optimiser."""
-        super().load_state_dict(state_dict)
-        self._share()
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: the parts, too."""
+        return {**super().__getstate__(), "_parts": self._parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As of any optimiser; ``load_state_dict`` ends here as well."""
+        super().__setstate__(state)
+        if len(self._parts) == len(self.param_groups):
+            self._share()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while it is made: afterwards nobody could say whose the parameters are."""
+        if len(self.param_groups) == len(self._parts):
+            raise ValueError("MuonAdamW takes all parameters when it is made")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

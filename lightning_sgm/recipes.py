@@ -113,8 +113,15 @@ def content(name: str) -> dict[str, Any]:
 
 
 def overlay(values: Any, changes: Any) -> Any:
-    """``values`` with ``changes`` over them, dicts key by key; arguments do not outlive a change of their class."""
-    if not isinstance(values, dict) or not isinstance(changes, dict):
+    """``values`` with ``changes`` over them, dicts key by key; arguments do not outlive a change of their class.
+
+    A dict whose keys are no names is a value of its own, as for the command line.
+    """
+    if (
+        not isinstance(values, dict)
+        or not isinstance(changes, dict)
+        or not all(isinstance(key, str) for key in changes)
+    ):
         return changes
     if "class_path" in changes and changes["class_path"] != values.get("class_path"):
         return changes

@@ -76,6 +76,19 @@ def test_schedules_and_resuming():
         assert torch.equal(p, q)
 
 
+def test_copies_work_by_themselves():
+    net = network()
+    optimizer = MuonAdamW(net.named_parameters())
+    step(net, optimizer)
+    other, copied = copy.deepcopy((net, optimizer))
+    step(net, optimizer, 1)
+    step(other, copied, 1)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(ValueError, match="takes all parameters when it is made"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})
+
+
 def test_a_closure_is_called_once():
     net, calls = network(), []
     before = [p.clone() for p in net.parameters()]

@@ -21,7 +21,8 @@ from lightning_sgm.io.files import atomic_write
 from lightning_sgm.io.folders import read_folder
 
 TRUSTED = ("lightning_sgm", "datamodules", "torch.nn", "torch.optim", "torchmetrics")
-"""Where the classes of a checkpoint may come from: nothing there runs code or touches files when it is built."""
+"""Where the classes of a checkpoint may come from: nothing there runs foreign code when it is built; data and tasks
+may read the files that they name."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

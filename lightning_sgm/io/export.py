@@ -95,8 +95,8 @@ def _section(stored: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _plain(value: Any, name: str) -> Any:
     """``value`` as JSON has it, with lists for tuples."""
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _plain(inner, f"{name}.{key}") for key, inner in value.items()}
+    if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
+        return {str(key): _plain(inner, f"{name}.{key}") for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner, f"{name}[{i}]") for i, inner in enumerate(value)]
     if value is None or isinstance(value, str | bool | int | float):

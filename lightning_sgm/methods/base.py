@@ -299,7 +299,16 @@ class GenerativeModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser over all parameters that require a gradient, with warm-up and decay per update."""
-        optimizer = self.optimizer([(name, p) for name, p in self.named_parameters() if p.requires_grad])
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError(f"{type(self.network).__name__} has nothing to train: use test or predict")
+        try:
+            optimizer = self.optimizer(named)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"the optimizer must take (name, parameter) pairs, as torch's do: {error}; a function of yours finds "
+                "the parameters by [parameter for _, parameter in pairs]"
+            ) from error
         # Lightning refuses to clip for fused optimisers that unscale gradients themselves: let its scaler do that.
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]

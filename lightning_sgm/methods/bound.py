@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from lightning_sgm.denoiser import TokenDenoiser
@@ -37,20 +38,22 @@ class BoundTest(nn.Module):
                 self.objectives[loss] = MaskedObjective(loss, objective.stratification, objective.t_min)
         self._found: dict[str, TokenLikelihood] = {}
 
-    def update(
-        self,
-        module: GenerativeModule,
-        denoiser: TokenDenoiser,
-        batch: Batch,
-        corpus: str,
-        bytes_per_token: float | None,
-    ) -> None:
+    def begin(self, corpora: dict[str, float | None], device: torch.device) -> None:
+        """Forget everything; make ready for corpora by name, with their bytes per token (None if unknown).
+
+        All processes do the same, in the same order: some may get no batch of a small corpus, but all add up.
+        """
+        self._found = {
+            "/".join(filter(None, (corpus, name))): TokenLikelihood(per_token).to(device)
+            for corpus, per_token in corpora.items()
+            for name in self.objectives
+        }
+
+    def update(self, module: GenerativeModule, denoiser: TokenDenoiser, batch: Batch, corpus: str) -> None:
         """Add all passes of a batch of ``corpus``."""
         conditions = module.conditions(batch)
         for name, objective in self.objectives.items():
             key = "/".join(filter(None, (corpus, name)))
-            if key not in self._found:
-                self._found[key] = TokenLikelihood(bytes_per_token).to(batch["x"].device)
             for repeat in range(self.passes):
                 draw = module.evaluation_draw(batch, repeat)
                 nll, control = objective.evaluate(denoiser, batch["x"], draw, **conditions)
@@ -63,7 +66,3 @@ class BoundTest(nn.Module):
             for key, likelihood in self._found.items()
             for name, value in likelihood.compute().items()
         }
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._found = {}

@@ -78,9 +78,10 @@ class RADD(GenerativeModule):
         self.objective = objective
         self.sampler = copy.copy(sampler)  # it counts evaluations, and a default is shared by all models
         self.task = task
+        self._corpora: tuple[str, ...] = ("",)
         self.denoiser = TokenDenoiser(self.network, process, spec["vocabulary"])
         self.bound = BoundTest(objective, test_losses or [], passes)
-        self.pieces = pieces or {}
+        self.pieces = {int(update): int(count) for update, count in (pieces or {}).items()}
         if wrong := [count for count in self.pieces.values() if count < 1 or spec["length"] % count]:
             raise ValueError(
                 f"pieces must be equal: sequences of {spec['length']} tokens cannot be cut into {wrong[0]}; choose "
@@ -123,13 +124,27 @@ class RADD(GenerativeModule):
         begun = [update for update in self.pieces if update <= self.updates]
         return self.pieces[max(begun)] if begun else 1
 
+    def on_test_start(self) -> None:
+        """Make ready for the test split and each further corpus.
+
+        Raises:
+            ValueError: samples would be completions, which are no fair samples of the model.
+        """
+        super().on_test_start()
+        if self.metrics and self.task is not None:
+            raise ValueError("test judges texts from scratch: leave out model.task, or set model.metrics to null")
+        data: Any = getattr(self.trainer, "datamodule", None)
+        own = {"": self.spec.get("bytes_per_token")}
+        further = {} if data is None else {name: data.bytes_per_token_of(name) for name in data.test_sets if name}
+        self._corpora = (*own, *further)
+        self.bound.begin(own | further, self.device)
+
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Several passes with different masks over each corpus; samples' metrics see the test split once."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        corpus = getattr(data, "test_sets", ("",))[dataloader_idx]
-        per_token = data.bytes_per_token_of(corpus) if corpus else self.spec.get("bytes_per_token")
-        self.bound.update(self, self.denoiser, batch, corpus, per_token)
-        if not corpus:
+        if dataloader_idx >= len(self._corpora):
+            raise ValueError("several test loaders need a DataModule that names them (test_sets)")
+        self.bound.update(self, self.denoiser, batch, self._corpora[dataloader_idx])
+        if not dataloader_idx:
             self.feed_real(batch)
 
     def on_test_epoch_end(self) -> None:
@@ -137,9 +152,8 @@ class RADD(GenerativeModule):
         found = self.bound.compute()
         found["loss"] = self.spec["length"] * found["nll"]
         if "entropy" in self.spec:
-            found["entropy"] = torch.tensor(self.spec["entropy"], dtype=torch.float64)
+            found["entropy"] = torch.tensor(self.spec["entropy"], dtype=torch.float64, device=self.device)
         self.log_dict({f"test/{name}": value for name, value in found.items()}, sync_dist=True)
-        self.bound.reset()
         super().on_test_epoch_end()
 
     def sample(self, indices: Tensor, prompt: Tensor | None = None, **conditions: Any) -> Batch:

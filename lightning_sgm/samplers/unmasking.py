@@ -60,7 +60,7 @@ class UnmaskingSampler:
             raise ValueError(f"steps of the unmasking sampler must be at least 1, got {steps}")
         if rule not in ("tweedie", "euler", "any_order"):
             raise ValueError(f"rule of the unmasking sampler must be tweedie, euler or any_order, got {rule!r}")
-        listed = isinstance(order, list) and sorted(order) == list(range(len(order)))
+        listed = isinstance(order, list) and len(order) > 0 and set(order) == set(range(len(order)))
         if not listed and order not in ("random", "forward", "backward"):
             raise ValueError(
                 "order of the unmasking sampler must be random, forward, backward or a list of the positions 0 to L-1, "

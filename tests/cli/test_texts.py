@@ -97,6 +97,13 @@ def test_further_corpora_and_losses(user, tmp_path: Path):
     assert not any("k_DCE" in name or "dataloader" in name for name in numbers)
 
 
+def test_completions_are_not_judged_as_samples(user):
+    options = ["--model.task=Complete", "--model.task.template=To be ___ or"]
+    code, _, err = user("test", "--config", "radd", *TINY["radd"], *options)
+    assert code == 1
+    assert "test judges texts from scratch: leave out model.task" in err
+
+
 def test_a_checkpoint_forgets_what_it_completed(user):
     assert user(*PREDICT, "--prompt", "xyz")[0] == 0
     assert user(*PREDICT)[0] == 0
@@ -111,6 +118,7 @@ def test_a_checkpoint_forgets_what_it_completed(user):
         (["--template", "a_", "--prompt", "b"], 1, "a template is a whole text"),
         (["--prompts", "nowhere.txt"], 1, "no such file of texts to complete: nowhere.txt"),
         (["--prompt"], 2, "--prompt needs a value after it"),
+        (["--prompt", "--suffix", "x"], 2, "--prompt needs a value after it"),
         (["--model.sampler.top_p=0"], 1, "top_p must lie in (0, 1], got 0"),
         (["--model.sampler.steps=0"], 1, "steps of the unmasking sampler must be at least 1, got 0"),
         (["--model.sampler.rule=any_order", "--model.sampler.order=[1,0]"], 1, "has 2 positions, sequences 32"),

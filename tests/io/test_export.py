@@ -138,7 +138,7 @@ def test_what_json_cannot_hold_is_refused(tmp_path: Path):
     network = plain(tmp_path / "a.ckpt", rate={"values": [torch.ones(2)]})
     with pytest.raises(ValueError, match=r"model.rate.values\[0\] is a Tensor"):
         export(tmp_path / "a.ckpt", tmp_path / "folder", ("tests",), network=network)
-    network = plain(tmp_path / "b.ckpt", rate={1: 2})
+    network = plain(tmp_path / "b.ckpt", rate={1.5: 2})
     with pytest.raises(ValueError, match=r"model.rate is a dict"):
         export(tmp_path / "b.ckpt", tmp_path / "folder", ("tests",), network=network)
     assert not (tmp_path / "folder").exists()

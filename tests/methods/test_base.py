@@ -60,6 +60,14 @@ def test_the_learning_rate_rises_linearly_and_falls(tmp_path: Path, digits: Imag
     assert seen == pytest.approx([2e-4 * min(1, (n + 1) / 4) * falling(n / 20) for n in range(20)], rel=1e-5)
 
 
+def test_optimisers_that_do_not_take_names_are_told_so(tmp_path: Path, digits: ImageDataModule):
+    def own(parameters: list) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in parameters if p.ndim > 1], lr=0.1)
+
+    with pytest.raises(ValueError, match=r"must take \(name, parameter\) pairs.*no attribute 'ndim'"):
+        trainer(tmp_path, max_steps=1).fit(tiny_sde(optimizer=own), digits)
+
+
 def test_cosine_decay_needs_an_end(tmp_path: Path, digits: ImageDataModule):
     with pytest.raises(ValueError, match="max_steps"):
         trainer(tmp_path, max_steps=-1, max_epochs=-1).fit(tiny_sde(decay="cosine"), digits)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from datamodules import MarkovDataModule
+from lightning_sgm import Trainer
 from lightning_sgm.methods import RADD, Complete
 from lightning_sgm.methods.token_pictures import unmasking
-from lightning_sgm.networks import MaskedTransformer
+from lightning_sgm.networks import ExactMarkov, MaskedTransformer
 from lightning_sgm.random import Draw
 from lightning_sgm.samplers import UnmaskingSampler
 
@@ -104,3 +106,21 @@ def test_pieces_do_not_depend_on_their_batch_in_exact_mode():
 def test_pieces_that_do_not_fit_are_named(count):
     with pytest.raises(ValueError, match=f"sequences of 12 tokens cannot be cut into {count}"):
         model(pieces={0: count})
+
+
+def test_an_exact_network_has_nothing_to_train(tmp_path):
+    data = MarkovDataModule(length=12, sequences=64, val_sequences=8, test_sequences=8)
+    radd = RADD(ExactMarkov, data.spec, warmup=0, passes=1)
+    run = Trainer(run_dir=str(tmp_path), max_steps=1, logger=False, enable_progress_bar=False)
+    with pytest.raises(ValueError, match="ExactMarkov has nothing to train: use test or predict"):
+        run.fit(radd, data)
+    (numbers,) = run.test(radd, data, verbose=False)
+    assert numbers["test/entropy"] == pytest.approx(data.spec["entropy"])
+    assert numbers["test/nll"] == pytest.approx(numbers["test/entropy"], abs=0.5)
+
+
+def test_a_corpus_smaller_than_the_number_of_processes_is_ready_on_all(tmp_path):
+    """What a process that gets no batch has to have for the sums over processes."""
+    radd = model(test_losses=["lambda_DCE"])
+    radd.bound.begin({"": 1.0, "small": None}, torch.device("cpu"))
+    assert set(radd.bound._found) == {"", "lambda_DCE", "small", "small/lambda_DCE"}

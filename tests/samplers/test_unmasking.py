@@ -416,6 +416,7 @@ def test_large_vocabularies_are_drawn_in_blocks_with_the_same_result(monkeypatch
         {"order": "sideways", "rule": "any_order"},
         {"order": [0, 2], "rule": "any_order"},
         {"order": [0, 0, 1], "rule": "any_order"},
+        {"order": [], "rule": "any_order"},
         {"order": "forward"},
         {"top_p": 0.0},
         {"top_p": 1.1},
