@@ -269,8 +269,10 @@ def test_two_processes(recipe: str, tmp_path: Path):
     folder = tmp_path / "runs" / recipe / "version_0"
     assert not (folder.parent / "version_1").exists()
     numbers = []
+    (tmp_path / "small.txt").write_text("one block, for one of two only\n\n")
+    corpora = ("--data.corpora=[small.txt]",) if recipe == "radd" else ()
     for processes in ((), two):
-        run("test", "--config", recipe, "--trainer.limit_test_batches=1.0", *processes)
+        run("test", "--config", recipe, "--trainer.limit_test_batches=1.0", *corpora, *processes)
         numbers.append(json.loads((folder / "test.json").read_text()))
         if recipe != "classifier":
             run("predict", "--config", recipe, "--num_samples=3", *processes)
