@@ -82,7 +82,10 @@ def hold_out(shards: Shards, counts: list[int]) -> tuple[list[list[bytes]], list
         documents += found
         taken[shard] = len(found)
     if len(documents) < sum(counts):
-        raise ValueError(f"{shards.name} has {len(documents)} documents and {sum(counts)} are to be held out")
+        raise ValueError(
+            f"{shards.name} has {len(documents)} documents and {sum(counts)} are to be held out: lower data.held_out, "
+            "give val_path and test_path, or leave streaming off"
+        )
     rest = iter(documents)
     return [list(islice(rest, count)) for count in counts], taken
 

@@ -24,6 +24,8 @@ usage: python -m lightning_sgm COMMAND [--config RECIPE] [--ckpt_path FILE | las
 commands:
 {chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
 
+texts: predict --prompt TEXT, --suffix TEXT, --template "To be ___ or" (each _ is a token to find), --prompts FILE
+
 options:
   --config RECIPE     a recipe's name or a YAML file; several are merged from left to right
   --ckpt_path last    the newest checkpoint of the recipe's runs; or a file

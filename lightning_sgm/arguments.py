@@ -24,6 +24,13 @@ _PARTS = ("--model.", "--data.")
 # What predict is to complete, without the name of the task.
 _GIVEN = {"--prompt": "prompt", "--suffix": "suffix", "--template": "template", "--prompts": "file"}
 
+GIVEN_HELP = {
+    "--prompt": "how texts begin: short for --model.task Complete --model.task.prompt TEXT",
+    "--suffix": "how they end",
+    "--template": "a whole text in which each _ (--model.task.blank) is a token to find",
+    "--prompts": "file of prompts, one per line, or .jsonl with prompt, suffix, template, length",
+}
+
 
 class UsageError(ValueError):
     """The command was given wrong arguments; exit code 2."""
@@ -136,7 +143,9 @@ def _task(argument: str, text: str) -> str:
     """A text to complete as an inline recipe, in which it is not parsed any further."""
     if not text:
         name = "prompts" if argument == "file" else argument
-        raise UsageError(f"--{name} needs a value after it (--{name}=TEXT if it begins with --)")
+        raise UsageError(
+            f"--{name} needs a value after it (--{name}=TEXT if it begins with --); without it samples are from scratch"
+        )
     task = {"class_path": "Complete", "init_args": {argument: text}}
     return f"--config={json.dumps({'model': {'init_args': {'task': task}}})}"
 

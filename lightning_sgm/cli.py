@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import datamodules  # noqa: F401  (short class names on the command line)
 from lightning_sgm import guidance, methods, networks, objectives, optimizers, samplers  # noqa: F401
-from lightning_sgm.arguments import Invocation, UsageError, prepare
+from lightning_sgm.arguments import GIVEN_HELP, Invocation, UsageError, prepare
 from lightning_sgm.callbacks import EMA, Checkpoints, Compile, SampleLogger
 from lightning_sgm.io.checkpoint import foreign_name
 from lightning_sgm.io.files import write_json
@@ -60,6 +60,14 @@ class CLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             args=arguments,
         )
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """As Lightning's; ``predict`` shows what ``arguments.prepare`` has taken out before."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            for name, text in GIVEN_HELP.items():
+                parser.add_argument(name, type=str, default="", help=text)
+        return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """As Lightning's, but sampling works without data: their spec is in the checkpoint."""

@@ -128,7 +128,7 @@ class Trainer(pl.Trainer):
         return_predictions: bool | None = False,
         ckpt_path: Any = None,
         weights_only: bool | None = True,
-        num_samples: int = 16,
+        num_samples: int | None = None,
         batch_size: int = 16,
     ) -> Any:
         """Draw samples and write them to ``predictions/`` in the run folder.
@@ -140,9 +140,12 @@ class Trainer(pl.Trainer):
             return_predictions: keep the samples in memory too.
             ckpt_path: checkpoint to load first.
             weights_only: kept True; checkpoints never unpickle foreign code.
-            num_samples: how many samples; number i depends on the seed and i alone.
+            num_samples: how many samples, 16 by default, or one for each text of a file of texts to complete; number i
+                depends on the seed and i alone.
             batch_size: samples drawn at once on each process.
         """
+        if num_samples is None:
+            num_samples = int(getattr(model, "samples_wanted", 16))
         if num_samples < 1 or batch_size < 1:
             raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
         loader = dataloaders if dataloaders is not None else SampleNumbers(self, num_samples, batch_size)

@@ -150,6 +150,10 @@ class PredictionWriter(Callback):
             [files[number] for number in sorted(files)], self._folder / "samples"
         )
         print(f"{len(files)} samples are in {self._folder}, together in {', '.join(map(str, overview))}")
+        suffix = next(iter(files.values())).suffix
+        others = sum(path.stem.isdigit() for path in self._folder.glob(f"*{suffix}")) - len(files)
+        if others > 0:
+            print(f"beside them are {others} of earlier predictions")
 
     def _writer(self, pl_module: LightningModule) -> Writer:
         return self.writer or writer_for(cast("GenerativeModule", pl_module).spec)

@@ -73,8 +73,10 @@ class GenerativeModule(LightningModule):
         test_samples: int = 256,
     ) -> None:
         super().__init__()
-        if warmup < 0 or test_samples < 1:
-            raise ValueError(f"warmup must be >= 0 and test_samples >= 1, got {warmup} and {test_samples}")
+        if warmup < 0:
+            raise ValueError(f"warmup must be at least 0, got {warmup}")
+        if test_samples < 1:
+            raise ValueError(f"test_samples must be at least 1, got {test_samples}; for no samples set metrics to []")
         self.spec = spec
         self.optimizer = optimizer
         self.warmup, self.decay = warmup, decay
@@ -129,6 +131,11 @@ class GenerativeModule(LightningModule):
     def sample(self, indices: Tensor, **conditions: Any) -> Batch:
         """A batch whose "x" holds the samples numbered ``indices`` (n,), each a function of (run seed, number)."""
         raise NotImplementedError
+
+    @property
+    def samples_wanted(self) -> int:
+        """How many samples ``predict`` draws if it is not told."""
+        return 16
 
     @property
     def can_sample(self) -> bool:

@@ -54,19 +54,20 @@ class Complete:
 
     def __init__(
         self,
-        prompt: str | None = None,
-        suffix: str | None = None,
-        template: str | None = None,
-        file: str | None = None,
+        prompt: str = "",
+        suffix: str = "",
+        template: str = "",
+        file: str = "",
         length: int | None = None,
         blank: str = "_",
     ) -> None:
         if len(blank) != 1:
             raise ValueError(f"blank must be one character, got {blank!r}")
         self.blank = blank
-        text = {"prompt": prompt, "suffix": suffix, "template": template, "length": length}
-        text = {key: value for key, value in text.items() if value is not None}
-        if file is None:
+        # Not None for what is not given: the command line would take "null" and "# text" for it.
+        text: dict[str, Any] = {"prompt": prompt, "suffix": suffix, "template": template, "length": length}
+        text = {key: value for key, value in text.items() if value not in ("", None)}
+        if not file:
             self.texts = [_checked(text, "")]
         elif set(text) - {"length"}:
             raise ValueError("give either a file of texts to complete or one text, not both")
@@ -138,7 +139,7 @@ def _lines(file: Path) -> list[tuple[int, dict[str, Any]]]:
     if not file.is_file():
         raise FileNotFoundError(f"no such file of texts to complete: {file}")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_bytes().decode("utf-8").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     numbered = [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]

@@ -119,6 +119,12 @@ class RADD(GenerativeModule):
                 "data.tokenizer and data.path as they were, and give other texts as data.corpora"
             )
 
+    @property
+    def samples_wanted(self) -> int:
+        """One for each text of a file to complete."""
+        texts = [] if self.task is None else self.task.texts
+        return len(texts) if len(texts) > 1 else super().samples_wanted
+
     def _pieces(self) -> int:
         """Into how many pieces a sequence is cut at this time of the training."""
         begun = [update for update in self.pieces if update <= self.updates]

@@ -155,6 +155,7 @@ def _load(name: str) -> tuple[Any, Any]:
         import transformers
     except ImportError as error:
         raise ValueError("GenerativePerplexity needs transformers: pip install 'lightning_sgm[text]'") from error
+    transformers.utils.logging.disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:

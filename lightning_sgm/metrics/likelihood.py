@@ -29,8 +29,8 @@ class TokenLikelihood(DoubleMetric):
 
     An estimate may come with a ``control`` of mean 0 by chance alone (see ``MaskedObjective.evaluate``). Then S_g - b
     C_g takes the place of S_g, where C_g is the total of the controls and b comes from the regression of S on C among
-    the passes of each batch (one degree of freedom less), if there are ten of them: that leaves the mean as it is and
-    makes the error smaller.
+    the passes of each batch (one degree of freedom less) if there are ten of them, and is the mean NLL, about what a
+    masked token costs, if there are fewer: that leaves the mean as it is and makes the error smaller.
 
     Draws may depend on each other within a batch (levels stratified over it make the error smaller, and this sees
     it), not between batches or passes. A data set in one batch leaves only n - 1 degrees of freedom. If no batch
@@ -115,11 +115,14 @@ class TokenLikelihood(DoubleMetric):
         if self.tokens == 0:
             raise ValueError("TokenLikelihood has seen no example: call update before compute")
         nll, within, freedom = self.total / self.tokens, self.within, self.freedom
-        if self.control_within > 0 and self.repeats >= _ENOUGH:
-            slope = self.both_within / self.control_within
+        if self.control_within > 0:
+            slope = nll
+            if self.repeats >= _ENOUGH:
+                slope = self.both_within / self.control_within
+                freedom = freedom * (self.repeats - 1) / self.repeats
             nll = nll - slope * self.control / self.tokens
-            within = (within - slope * self.both_within).clamp(min=0)
-            freedom = freedom * (self.repeats - 1) / self.repeats
+            within = within - 2 * slope * self.both_within + slope.square() * self.control_within
+            within = within.clamp(min=0)
         if freedom > 0:
             variance = within / freedom / self.tokens
         else:

@@ -47,6 +47,9 @@ def sample(number: int) -> bytes:
         (["--prompt=a", "--model.task.length=5"], b"a", b"", 5),
         (["--prompt", "{b: 1} # yes"], b"{b: 1} # yes", b"", 32),
         (["--prompt", "123"], b"123", b"", 32),
+        (["--prompt", "# Title", "--suffix=null"], b"# Title", b"null", 32),
+        (["--prompt", "~"], b"~", b"", 32),
+        (["--template", "# _", "--model.task.blank=_"], b"# ", b"", 3),
     ],
 )
 def test_given_text_stays(user, options, beginning, end, length):
@@ -59,6 +62,22 @@ def test_given_text_stays(user, options, beginning, end, length):
         assert text.endswith(end)
         assert len(text) == length
     assert sample(0) != sample(1)
+
+
+def test_a_sample_for_each_text_of_a_file(user, tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("".join(f"{i:02d}\n" for i in range(20)))
+    code, out, err = user(*PREDICT[:3], "--prompts", "prompts.txt")
+    assert code == 0, err
+    assert "20 samples are in" in out
+    assert [sample(i)[:2] for i in range(20)] == [f"{i:02d}".encode() for i in range(20)]
+    code, out, _ = user(*PREDICT)
+    assert "beside them are 17 of earlier predictions" in out
+
+
+def test_help_tells_of_prompts(user):
+    code, out, _ = user("predict", "--help")
+    assert code == 0
+    assert all(option in out for option in ("--prompt ", "--suffix", "--template", "--prompts"))
 
 
 def test_a_file_of_prompts(user, tmp_path: Path):

@@ -57,6 +57,13 @@ def test_samples_take_texts_in_turn(tmp_path):
     assert shown(numbered).rstrip("_") == "abc"
 
 
+def test_only_line_feeds_end_lines(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"a\x0cb\r\nc\n")
+    assert [text["prompt"] for text in Complete(file=str(tmp_path / "p.txt")).texts] == ["a\x0cb", "c"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}', encoding="utf-8")
+    assert Complete(file=str(tmp_path / "p.jsonl")).texts == [{"prompt": "a\u2028b"}]
+
+
 def test_a_file_of_all_kinds(tmp_path):
     texts = [{"template": "a_c"}, {"prompt": "x", "length": 3}, {"suffix": "z", "prompt": "y"}]
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
@@ -98,6 +105,7 @@ def test_a_character_the_model_does_not_know():
         ("p.txt", b"\n\n", "p.txt is empty"),
         ("p.txt", b"ok\n\xff", "p.txt is not UTF-8 text: invalid start byte at byte 3"),
         ("p.jsonl", b'{"prompt": "a"}\n{', r"p.jsonl, line 2 is not JSON"),
+        ("p.txt", b"", "p.txt is empty"),
         ("p.jsonl", b"[1]", "p.jsonl, line 1 must be an object"),
         ("p.jsonl", b'{"promt": "a"}', "p.jsonl, line 1: unknown promt"),
         ("p.jsonl", b'{"prompt": 1}', "p.jsonl, line 1: prompt must be text, got 1"),

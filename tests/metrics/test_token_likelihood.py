@@ -156,8 +156,19 @@ def test_a_control_without_relation_or_with_few_passes_changes_little():
     both = controlled(draws, chance, 4)
     assert float(both["nll"]) == pytest.approx(float(plain["nll"]), abs=2 * float(plain["standard_error"]))
     assert float(both["standard_error"]) == pytest.approx(float(plain["standard_error"]), rel=0.2)
-    few = controlled(draws[:2], chance[:2], 4)  # eight repeats
-    assert float(few["nll"]) == float(fed(passes_of(draws[:2], 4)).compute()["nll"])
+
+
+def test_with_few_passes_a_control_counts_as_much_as_the_nll():
+    generator = torch.Generator().manual_seed(2)
+    chance, rest = torch.randn(2, 2, 32, generator=generator, dtype=torch.float64)
+    draws = 5 + 5 * chance + 0.1 * rest
+    plain = fed(passes_of(draws, 4)).compute()
+    few = controlled(draws, chance, 4)  # eight repeats
+    assert float(few["nll"]) == pytest.approx(float(plain["nll"] * (1 - chance.mean())), rel=1e-12)
+    assert float(few["nll"]) == pytest.approx(5, abs=0.3)
+    left = (draws - plain["nll"] * chance).view(2, 8, 4).sum(2)
+    error = left.var(0).sum().div(2).sqrt() / 32
+    assert float(few["standard_error"]) == pytest.approx(float(error), rel=1e-9)
 
 
 def test_processes_merge_controls_too():
