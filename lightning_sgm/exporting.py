@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import traceback
 from pathlib import Path
-from typing import NoReturn
+
+from lightning_sgm.commands import CommandParser, Refusal, run_command
 
 
 def run(arguments: list[str]) -> int:
     """Export a model; exit code 0, 1 (it cannot be exported) or 2 (wrong usage)."""
-    debug = "--debug" in arguments
-    try:
-        given = _parser().parse_args([argument for argument in arguments if argument != "--debug"])
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    return run_command(_parser(), _run, arguments)
+
+
+def _run(given: argparse.Namespace) -> None:
     checkpoint, output = Path(given.checkpoint), Path(given.output)
     if output.exists():
-        return _failed(f"{output} exists already: remove it or give another --output", 2)
+        raise Refusal(f"{output} exists already: remove it or give another --output")
     if not checkpoint.exists():
-        return _failed(f"there is no {checkpoint}: give the .ckpt file of a run", 2)
-    try:
-        _export(checkpoint, output, given.allow)
-    except KeyboardInterrupt:
-        return _failed("stopped by Ctrl-C; nothing was written", 130)
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        from lightning_sgm.messages import one_line
-
-        return _failed(one_line(error), 2 if isinstance(error, FileNotFoundError) else 1)
-    return 0
+        raise Refusal(f"there is no {checkpoint}: give the .ckpt file of a run")
+    _export(checkpoint, output, given.allow)
 
 
 def _export(checkpoint: Path, output: Path, allow: list[str]) -> None:
@@ -49,13 +37,8 @@ def _export(checkpoint: Path, output: Path, allow: list[str]) -> None:
     print(f'next: python -c "import lightning_sgm; model = lightning_sgm.load({str(output)!r})"')
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see python -m lightning_sgm export --help\n")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m lightning_sgm export",
         description="Write the averaged weights of a checkpoint as model.safetensors and its settings as config.json. "
         "lightning_sgm.load(folder) reads them back; models with RADD's transformer are read by RADD's own code too, "
@@ -72,8 +55,3 @@ def _parser() -> _Parser:
         help="let the checkpoint use classes of this package of yours; importing them runs its code",
     )
     return parser
-
-
-def _failed(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code

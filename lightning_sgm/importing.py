@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import sys
-import traceback
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
+
+from lightning_sgm.commands import CommandParser, Refusal, run_command
 
 
 class _Source(NamedTuple):
@@ -42,31 +42,20 @@ SOURCES = {
 
 def run(arguments: list[str]) -> int:
     """Import weights; exit code 0, 1 (they cannot be used) or 2 (wrong usage)."""
-    debug = "--debug" in arguments
-    try:
-        given = _parser().parse_args([argument for argument in arguments if argument != "--debug"])
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    return run_command(_parser(), _run, arguments)
+
+
+def _run(given: argparse.Namespace) -> None:
     path, output = Path(given.checkpoint), Path(given.output)
     if given.source not in SOURCES:
         near = difflib.get_close_matches(given.source, SOURCES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"sources are {', '.join(SOURCES)}"
-        return _failed(f"unknown source {given.source!r}; {hint}", 2)
+        raise Refusal(f"unknown source {given.source!r}; {hint}")
     if output.exists():
-        return _failed(f"{output} exists already: remove it or give another --output", 2)
+        raise Refusal(f"{output} exists already: remove it or give another --output")
     if not path.exists():
-        return _failed(f"there is no {path}: download the weights and give the file or folder", 2)
-    try:
-        _import(SOURCES[given.source], path, output, given.model)
-    except KeyboardInterrupt:
-        return _failed("stopped by Ctrl-C; nothing was written", 130)
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        from lightning_sgm.messages import one_line
-
-        return _failed(one_line(error), 2 if isinstance(error, FileNotFoundError) else 1)
-    return 0
+        raise Refusal(f"there is no {path}: download the weights and give the file or folder")
+    _import(SOURCES[given.source], path, output, given.model)
 
 
 def _import(source: _Source, path: Path, output: Path, model: str | None) -> None:
@@ -79,17 +68,12 @@ def _import(source: _Source, path: Path, output: Path, model: str | None) -> Non
     print(f"wrote: {output}\nnext: python -m lightning_sgm predict --ckpt_path {output} --num_samples 16")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see python -m lightning_sgm import --help\n")
-
-
-def _parser() -> _Parser:
+def _parser() -> CommandParser:
     from lightning_sgm.io.released.configurations import CONFIGURATIONS
 
     sources = "\n".join(f"  {name:<12}{source.help}" for name, source in SOURCES.items())
     models = "\n".join(f"  {name}" for name in CONFIGURATIONS)
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m lightning_sgm import",
         description="Turn weights that others released into a checkpoint for test, predict, fit and load.",
         epilog=f"sources:\n{sources}\n\nmodels of score_sde:\n{models}\n\nNothing in a file is run: only tensors and "
@@ -106,8 +90,3 @@ def _parser() -> _Parser:
         "YAML file) with the settings of a model of your own",
     )
     return parser
-
-
-def _failed(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code

@@ -39,8 +39,9 @@ ALLOWED = {
     "arguments": {"io", "messages", "recipes"},
     # Packages by their bare names are imported for the short class names of the command line only.
     "cli": {"arguments", "callbacks", "io", "messages", "methods.base", "optimizers", "trainer", "recipes"},
-    "importing": {"io", "messages"},
-    "exporting": {"io", "messages"},
+    "commands": {"messages"},
+    "importing": {"commands", "io"},
+    "exporting": {"commands", "io"},
     "__main__": {"cli", "exporting", "importing", "recipes"},
     "__init__": {"methods", "networks", "trainer", "io"},
 }
@@ -118,7 +119,7 @@ def test_heavy_libraries_are_imported_where_they_are_used(name):
         )
 
 
-@pytest.mark.parametrize("name", ["__init__", "__main__", "recipes", "importing", "exporting"])
+@pytest.mark.parametrize("name", ["__init__", "__main__", "recipes", "commands", "importing", "exporting"])
 def test_help_needs_the_standard_library_only(name):
     for node in TREES[f"lightning_sgm/{name}.py"].body:
         for module, _ in (
@@ -126,6 +127,7 @@ def test_help_needs_the_standard_library_only(name):
         ):
             light = module.split(".")[0] in sys.stdlib_module_names or module in (
                 "lightning_sgm",
+                "lightning_sgm.commands",
                 "lightning_sgm.recipes",
             )
             assert light, f"lightning_sgm/{name}.py imports {module} before --help is answered"

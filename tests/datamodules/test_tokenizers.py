@@ -17,18 +17,6 @@ from datamodules.tokenizers import ByteTokenizer, CharacterTokenizer, GPT2Tokeni
 from tests.datamodules.text_files import blocks, ready, write
 
 
-@pytest.fixture(scope="module")
-def bpe_folder(tmp_path_factory):
-    """A small vocabulary in GPT-2's two files."""
-    tokenizers = pytest.importorskip("tokenizers")
-    trainer = tokenizers.ByteLevelBPETokenizer()
-    lines = ["the cat sat on the mat", "the dog sat on the cat", "äöü über"] * 5
-    trainer.train_from_iterator(lines, vocab_size=300, min_frequency=1, special_tokens=["<|endoftext|>"])
-    folder = tmp_path_factory.mktemp("bpe")
-    trainer.save_model(str(folder))
-    return str(folder)
-
-
 @given(text=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=60))
 @settings(max_examples=50, deadline=None)
 def test_characters_round_trip(text):
@@ -71,11 +59,11 @@ def test_too_large_vocabulary():
         storage(65537)
 
 
-def test_gpt2_files_documents_and_round_trip(bpe_folder, tmp_path):
+def test_gpt2_files_documents_and_round_trip(small_gpt2, tmp_path):
     documents = ["the cat sat über", "on the mat ♥"]
     for number, text in enumerate(documents):
         write(tmp_path / f"{number}.txt", text)
-    tokenizer = GPT2Tokenizer(bpe_folder)
+    tokenizer = GPT2Tokenizer(small_gpt2)
     ids = tokenizer.encode([text.encode() for text in documents])
     assert ids.dtype == np.uint16
     assert tokenizer.raw(ids).decode() == "".join(text + "<|endoftext|>" for text in documents)
@@ -86,22 +74,22 @@ def test_gpt2_files_documents_and_round_trip(bpe_folder, tmp_path):
         val_path=str(tmp_path),
         test_path=str(tmp_path),
         tokenizer="gpt2",
-        tokenizer_path=bpe_folder,
+        tokenizer_path=small_gpt2,
         length=1,
         windows="blocks",
     )
-    assert data.spec["tokenizer"] == {"gpt2": bpe_folder}
+    assert data.spec["tokenizer"] == {"gpt2": small_gpt2}
     assert data.spec["vocabulary"] == tokenizer.vocabulary
     assert data.spec["bytes_per_token"] == sum(len(text.encode()) for text in documents) / len(ids)
     assert blocks(data, "val").flatten().tolist() == ids.tolist()
     assert data.decode(torch.tensor(ids[None].astype(int))) == [tokenizer.raw(ids).decode()]
 
 
-def test_gpt2_files_under_openais_names(bpe_folder, tmp_path):
+def test_gpt2_files_under_openais_names(small_gpt2, tmp_path):
     for new, old in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
-        write(tmp_path / new, (Path(bpe_folder) / old).read_bytes())
+        write(tmp_path / new, (Path(small_gpt2) / old).read_bytes())
     text = [b"the dog sat"]
-    assert np.array_equal(GPT2Tokenizer(str(tmp_path)).encode(text), GPT2Tokenizer(bpe_folder).encode(text))
+    assert np.array_equal(GPT2Tokenizer(str(tmp_path)).encode(text), GPT2Tokenizer(small_gpt2).encode(text))
 
 
 def test_gpt2_offline(monkeypatch):
@@ -119,13 +107,13 @@ def test_gpt2_offline(monkeypatch):
         data.prepare_data()
 
 
-def test_gpt2_without_the_library(monkeypatch, bpe_folder):
+def test_gpt2_without_the_library(monkeypatch, small_gpt2):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning_sgm\[text\]', or use tokenizer: bytes"):
-        TextDataModule(tokenizer="gpt2", tokenizer_path=bpe_folder)
+        TextDataModule(tokenizer="gpt2", tokenizer_path=small_gpt2)
 
 
-def test_gpt2_folder_problems(tmp_path, bpe_folder):
+def test_gpt2_folder_problems(tmp_path, small_gpt2):
     with pytest.raises(FileNotFoundError, match=r"has no vocab.json or encoder.json"):
         TextDataModule(tokenizer="gpt2", tokenizer_path=str(tmp_path))
     write(tmp_path / "vocab.json", "{}")
@@ -140,9 +128,9 @@ def test_gpt2_folder_problems(tmp_path, bpe_folder):
 
 
 @pytest.mark.parametrize("tokenizer", ["characters", "gpt2"])
-def test_text_that_is_not_utf8_is_for_bytes_only(tmp_path, tokenizer, bpe_folder):
+def test_text_that_is_not_utf8_is_for_bytes_only(tmp_path, tokenizer, small_gpt2):
     path = write(tmp_path / "latin.txt", "é".encode("latin-1") * 1000)
-    options = {"tokenizer_path": bpe_folder} if tokenizer == "gpt2" else {}
+    options = {"tokenizer_path": small_gpt2} if tokenizer == "gpt2" else {}
     with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 text: use tokenizer: bytes"):
         ready(path=path, tokenizer=tokenizer, **options)
     assert blocks(ready(path=path, length=4), "val").unique().tolist() == [0xE9]
