@@ -2,8 +2,18 @@
 
 from datamodules.arrays import ArrayDataModule
 from datamodules.base import DataModule
+from datamodules.graphs import GraphDataModule
 from datamodules.images import ImageDataModule
 from datamodules.markov import MarkovDataModule
+from datamodules.molecules import MoleculeDataModule
 from datamodules.text import TextDataModule
 
-__all__ = ["ArrayDataModule", "DataModule", "ImageDataModule", "MarkovDataModule", "TextDataModule"]
+__all__ = [
+    "ArrayDataModule",
+    "DataModule",
+    "GraphDataModule",
+    "ImageDataModule",
+    "MarkovDataModule",
+    "MoleculeDataModule",
+    "TextDataModule",
+]

@@ -263,7 +263,8 @@ class TextDataModule(DataModule):
         return self._tokenizer
 
     def _reads_text(self) -> bool:
-        paths = (self.path, self.paths["val"] or self.path, self.paths["test"] or self.path, *self._corpora.values())
+        # Corpora are read when they are tested, and fetch the vocabulary then: a fit has no use for them.
+        paths = (self.path, self.paths["val"] or self.path, self.paths["test"] or self.path)
         return not all(_holds_tokens(path) for path in paths)
 
     def _observe(self) -> None:

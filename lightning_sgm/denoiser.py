@@ -175,23 +175,35 @@ class Denoiser(BaseDenoiser):
         return self._answer("velocity", x, t, conditions)
 
     def _answer(self, quantity: Prediction, x: Tensor, t: Time, conditions: dict[str, Tensor]) -> Tensor:
-        """a x_0 + b eps, the two solved from x = alpha x_0 + sigma eps and the prediction F = p x_0 + q eps.
-
-        The answer is ((a q - b p) x + (alpha b - sigma a) F) / (alpha q - sigma p). Both coefficients are float64:
-        going through x_0 or eps in float32 cancels near t = 0 (6 % of the cosine process' velocity at t = 1e-5).
-        """
         level = self.process.level(as_time(t, x.device))
-        c_in, c_skip, c_out = self.preconditioning.scales(level)
+        c_in, _, _ = self.preconditioning.scales(level)
         label = self.preconditioning.label(level, self.process)
         label = label.to(torch.promote_types(x.dtype, torch.float32)).expand(len(x))
         output = self.network(match(c_in, x) * x, label, **conditions).to(x.dtype)
-        if quantity == self.preconditioning.prediction:
-            return match(c_skip, x) * x + match(c_out, x) * output
-        p, q = self.preconditioning.mixture(level, self.process)
-        a, b = _MIXTURES[quantity](level, self.process)
-        scale = level.alpha * q - level.sigma * p
-        from_x, from_prediction = (a * q - b * p) / scale, (level.alpha * b - level.sigma * a) / scale
-        return match(from_x + from_prediction * c_skip, x) * x + match(from_prediction * c_out, x) * output
+        from_x, from_output = answer_scales(quantity, self.preconditioning, level, self.process)
+        return match(from_x, x) * x + match(from_output, x) * output
+
+
+def answer_scales(
+    quantity: Prediction, preconditioning: Preconditioning, level: Level, process: GaussianProcess
+) -> tuple[Tensor, Tensor]:
+    """(a, b), float64 like ``level``: the quantity asked for is a x + b times the network's output.
+
+    It is p' x_0 + q' eps, the two solved from x = alpha x_0 + sigma eps and the prediction F = p x_0 + q eps, so
+    ((p' q - q' p) x + (alpha q' - sigma p') F) / (alpha q - sigma p). Both coefficients are float64: going through x_0
+    or eps in float32 cancels near t = 0 (6 % of the cosine process' velocity at t = 1e-5).
+    """
+    _, c_skip, c_out = preconditioning.scales(level)
+    if quantity == preconditioning.prediction:
+        return c_skip, c_out
+    p, q = preconditioning.mixture(level, process)
+    wanted_p, wanted_q = _MIXTURES[quantity](level, process)
+    scale = level.alpha * q - level.sigma * p
+    from_x, from_prediction = (
+        (wanted_p * q - wanted_q * p) / scale,
+        (level.alpha * wanted_q - level.sigma * wanted_p) / scale,
+    )
+    return from_x + from_prediction * c_skip, from_prediction * c_out
 
 
 class GaussianMixtureDenoiser(BaseDenoiser):

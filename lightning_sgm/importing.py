@@ -36,6 +36,11 @@ SOURCES = {
         "import_mdlm",
         "Sahoo et al. 2024: a hub folder (kuleshov-group/mdlm-owt) or a .ckpt of their code, as RADD's network",
     ),
+    "gdss": _Source(
+        "lightning_sgm.io.released.gdss",
+        "import_gdss",
+        "Jo et al. 2022: a .pth file of their code, or the same as .safetensors with its .json beside it",
+    ),
 }
 """By name; a new source is one function in ``lightning_sgm.io.released`` and a line here."""
 

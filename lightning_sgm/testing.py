@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_sgm.denoiser import GaussianMixtureDenoiser
@@ -45,13 +46,15 @@ def check_network(
 
     Args:
         network: a finished network (a copy of it is checked) or a factory that receives ``spec``.
-        spec: of the data, kind "image" or "text".
-        conditions: three rows of each condition the network asks for; not needed for the class ``label``.
+        spec: of the data, kind "image", "text", "graph" or "molecule".
+        conditions: three rows of each condition the network asks for; not needed for the class ``label`` and the
+            ``node_mask`` of graphs.
 
     Raises:
         AssertionError: if outputs have a wrong shape or are not finite, if an example's output depends on the rest of
             the batch in eval mode, if logits at ``positions`` are not those of the full answer, or if a parameter
-            gets no gradient.
+            gets no gradient. For graphs also if nodes in another order or more padding change more than the order,
+            if ``adj`` is not symmetric with zero diagonal, or if outputs are not zero outside the mask.
         ValueError: if a condition is missing or the kind of data unknown.
     """
     checked = copy.deepcopy(build(network, spec))
@@ -60,6 +63,9 @@ def check_network(
         # Layers that start at zero would hide what is behind them.
         for parameter in checked.parameters():
             parameter.add_(0.02 * draw.normal(parameter.shape).to(parameter))
+    if spec.get("kind") in ("graph", "molecule"):
+        _check_graphs(checked, spec, conditions or {}, draw)
+        return
     arguments, shape = _inputs(checked, spec, draw)
     given = _conditions(checked, spec, conditions or {})
     checked.eval()
@@ -263,6 +269,62 @@ def _check_prior(process: GaussianProcess, name: str) -> None:
     assert abs(found[1] - sigma) < 0.01 * sigma, text
 
 
+def _check_graphs(network: nn.Module, spec: Spec, conditions: dict[str, Tensor], draw: Draw) -> None:
+    """:func:`check_network` for graphs of three sizes, the second in a random order of nodes and padding."""
+    name, nodes = type(network).__name__, spec["nodes"]
+    order = draw.normal((3, nodes)).argsort(1)
+    order[0] = torch.arange(nodes)
+    mask = (torch.arange(nodes) < torch.tensor([nodes, (nodes + 1) // 2, 1])[:, None]).gather(1, order)
+    noise = draw.normal((3, nodes, nodes)).triu(1)
+    graphs = {"x": draw.normal((3, nodes, spec["features"])) * mask[..., None], "adj": _masked(noise + noise.mT, mask)}
+    given = _conditions(network, spec, conditions | {"node_mask": mask})
+    network.eval()
+
+    def run(state: dict[str, Tensor], mask: Tensor, rows: slice = slice(None)) -> dict[str, Tensor]:
+        others = {key: value[rows] for key, value in given.items() if key != "node_mask"}
+        return network(state, torch.tensor([0.1, 1.0, 5.0])[rows], node_mask=mask, **others)
+
+    output = run(graphs, mask)
+    assert set(output) == {"x", "adj"}, f"{name} must return x and adj, found {', '.join(map(str, output))}"
+    for key, value in output.items():
+        shape = tuple(graphs[key].shape)
+        assert value.shape == shape, f"{name} returned {key} of shape {tuple(value.shape)} where {shape} was expected"
+        assert value.isfinite().all(), f"{name} returned numbers that are not finite"
+    assert torch.equal(output["adj"], output["adj"].mT), f"{name} returned an adj that is not symmetric"
+    assert not output["adj"].diagonal(dim1=1, dim2=2).any(), f"{name} returned an adj with a diagonal that is not zero"
+    outside = output["x"][~mask].any() or (output["adj"] - _masked(output["adj"], mask)).any()
+    assert not outside, f"{name} returned numbers that are not zero outside the mask"
+    for row in range(3):
+        rows = slice(row, row + 1)
+        alone = run({key: value[rows] for key, value in graphs.items()}, mask[rows], rows)
+        text = f"{name}: graph {row} alone gives another answer than in a batch (eval mode)"
+        _close_graphs(alone, {key: value[rows] for key, value in output.items()}, text)
+    padded = {"x": F.pad(graphs["x"], (0, 0, 0, 5)), "adj": F.pad(graphs["adj"], (0, 5, 0, 5))}
+    found = run(padded, F.pad(mask, (0, 5)))
+    found = {"x": found["x"][:, :nodes], "adj": found["adj"][:, :nodes, :nodes]}
+    _close_graphs(found, output, f"{name}: more padding gives another answer")
+    order = draw.normal((3, nodes)).argsort(1)
+    text = f"{name}: nodes in another order give more than the answer in that order"
+    _close_graphs(run(_permuted(graphs, order), mask.gather(1, order)), _permuted(output, order), text)
+    torch.stack([(value * draw.normal(value.shape)).sum() for value in output.values()]).sum().backward()
+    _check_gradients(network, name)
+
+
+def _masked(adj: Tensor, mask: Tensor) -> Tensor:
+    return adj * mask[:, :, None] * mask[:, None, :]
+
+
+def _permuted(graphs: dict[str, Tensor], order: Tensor) -> dict[str, Tensor]:
+    """Graphs with node ``order[b, i]`` at place i."""
+    rows = torch.arange(len(order))[:, None]
+    return {"x": graphs["x"][rows, order], "adj": graphs["adj"][rows[:, None], order[:, :, None], order[:, None, :]]}
+
+
+def _close_graphs(actual: dict[str, Tensor], expected: dict[str, Tensor], text: str) -> None:
+    for key in ("x", "adj"):
+        _close(actual[key], expected[key], 1e-4, f"{text} ({key})", 1.0)
+
+
 def _inputs(network: nn.Module, spec: Spec, draw: Draw) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """Three rows of positional arguments for a network, and the shape its output must have."""
     if spec.get("kind") == "text":
@@ -273,7 +335,7 @@ def _inputs(network: nn.Module, spec: Spec, draw: Draw) -> tuple[tuple[Tensor, .
     if spec.get("kind") == "image":
         x = draw.normal((3, *spec["shape"]))
         return (x, torch.tensor([0.1, 1.0, 5.0])), (3, *spec["shape"])
-    raise ValueError(f"check_network knows data of kind image and text, got {spec.get('kind')!r}")
+    raise ValueError(f"check_network knows data of kind image, text, graph and molecule, got {spec.get('kind')!r}")
 
 
 def _conditions(network: nn.Module, spec: Spec, given: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,13 +13,14 @@ TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="u
 every_file = pytest.mark.parametrize("name", TREES)
 
 FOUNDATION = {"processes", "networks", "random"}
-MODELS = FOUNDATION | {"denoiser", "codecs"}
+MODELS = FOUNDATION | {"denoiser", "joint_denoiser", "codecs"}
 # What each room may import of lightning_sgm besides itself; a new room needs a row. Imports point one way.
 ALLOWED = {
     "random": set(),
     "processes": {"random"},
     "networks": {"random"},
     "denoiser": FOUNDATION,
+    "joint_denoiser": FOUNDATION | {"denoiser"},
     "codecs": FOUNDATION,
     # A classifier that guides is given as a checkpoint.
     "guidance": MODELS | {"io.checkpoint"},
@@ -27,7 +28,7 @@ ALLOWED = {
     "samplers": MODELS | {"guidance"},
     "likelihood": MODELS | {"guidance", "samplers"},
     "methods": MODELS | {"guidance", "objectives", "samplers", "likelihood", "metrics"},
-    "metrics": set(),
+    "metrics": {"random"},
     "io": {"methods.base", "random"},
     "io.released": MODELS | {"methods", "objectives", "samplers", "io", "recipes"},
     "callbacks": {"methods.base", "random", "io"},
@@ -47,7 +48,7 @@ ALLOWED = {
 }
 SHORT_NAMES = {"guidance", "methods", "metrics", "networks", "objectives", "processes", "samplers"}
 HEAVY = {"diffusers", "sklearn", "transformers", "tokenizers", "matplotlib", "pyarrow", "scipy", "torchdiffeq"}
-HEAVY |= {"networkx", "datasets"}
+HEAVY |= {"networkx", "datasets", "rdkit", "fcd_torch"}
 
 
 def imports(tree):
@@ -101,8 +102,10 @@ def test_only_the_import_command_knows_released_weights_and_the_command_line_dat
     if room(name) not in ("importing", "io.released"):
         assert not any(inside(module, {"lightning_sgm.io.released"}) for module in modules), f"{name} imports it"
     if name.startswith("lightning_sgm/") and room(name) not in ("cli", "__init__"):
-        # What tokens mean is asked by everyone who writes or judges text, and has one home.
-        shared = {"datamodules.tokenizers"} if room(name) in ("io", "methods", "metrics") else set()
+        # What tokens, atoms and bonds mean is asked by everyone who writes or judges them, and has one home.
+        shared = (
+            {"datamodules.tokenizers", "datamodules.chemistry"} if room(name) in ("io", "methods", "metrics") else set()
+        )
         found = {module for module in modules if module.split(".")[0] == "datamodules"} - shared
         assert not found, f"{name} imports {', '.join(found)}"
 

@@ -19,6 +19,7 @@ from lightning_sgm.samplers.rules import (
 from lightning_sgm.testing import check_network, check_process, check_rule
 
 IMAGES = {"kind": "image", "shape": [2, 4, 4], "classes": 3, "levels": 256, "range": [-1.0, 1.0]}
+GRAPHS = {"kind": "graph", "nodes": 6, "features": 3, "bonds": 1}
 TEXT = {"kind": "text", "length": 6, "vocabulary": 5, "tokenizer": "bytes"}
 
 
@@ -305,5 +306,109 @@ def test_frozen_parameters_need_no_gradient_and_conditions_can_be_given():
     network.conditions = ("label", "low")
     with pytest.raises(ValueError, match="asks for the condition 'low'"):
         check_network(network, IMAGES)
-    with pytest.raises(ValueError, match="kind image and text"):
-        check_network(Good(IMAGES), {"kind": "graph"})
+    with pytest.raises(ValueError, match="kind image, text, graph and molecule"):
+        check_network(Good(IMAGES), {"kind": "series"})
+
+
+class Graphs(Network):
+    conditions = ("node_mask",)
+
+    def __init__(self, spec):
+        super().__init__()
+        self.nodes, self.pairs = nn.Linear(spec["features"], spec["features"]), nn.Linear(2, 1)
+
+    def forward(self, state, label, /, node_mask):
+        x, adj = state["x"], state["adj"]
+        both = node_mask[:, :, None] & node_mask[:, None, :] & ~torch.eye(len(adj[0]), dtype=torch.bool)
+        pairs = self.pairs(torch.stack([adj, adj @ adj], -1)).squeeze(-1)
+        return {"x": torch.tanh(self.nodes(adj @ x)) * node_mask[..., None], "adj": (pairs + pairs.mT) * both}
+
+
+class Changed(Graphs):
+    def forward(self, state, label, /, node_mask):
+        return self.change(super().forward(state, label, node_mask=node_mask), state, node_mask)
+
+    def change(self, out, state, mask):
+        raise NotImplementedError
+
+
+class OneSided(Changed):
+    def change(self, out, state, mask):
+        return out | {"adj": out["adj"].triu()}
+
+
+class SelfLoops(Changed):
+    def change(self, out, state, mask):
+        return out | {"adj": out["adj"] + torch.diag_embed(mask.float())}
+
+
+class Unmasked(Changed):
+    def change(self, out, state, mask):
+        return out | {"x": out["x"] + 1}
+
+
+class UnmaskedEdges(Changed):
+    def change(self, out, state, mask):
+        return out | {"adj": out["adj"] + 1 - torch.eye(len(mask[0]))}
+
+
+class CountsPlaces(Changed):
+    def change(self, out, state, mask):
+        return out | {"x": out["x"] / len(mask[0])}
+
+
+class Numbered(Changed):
+    def change(self, out, state, mask):
+        return out | {"x": out["x"] * torch.arange(1, len(mask[0]) + 1)[:, None]}
+
+
+class Crowded(Changed):
+    def change(self, out, state, mask):
+        return out | {"adj": out["adj"] / len(mask)}
+
+
+class Forgets(Changed):
+    def change(self, out, state, mask):
+        return {"x": out["x"]}
+
+
+class Squeezed(Changed):
+    def change(self, out, state, mask):
+        return out | {"x": out["x"].sum(-1)}
+
+
+class Overflows(Changed):
+    def change(self, out, state, mask):
+        return out | {"x": out["x"] / 0}
+
+
+class IdleGraphs(Graphs):
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.spare = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("kind", ["graph", "molecule"])
+def test_good_networks_of_graphs_pass(kind):
+    check_network(Graphs, GRAPHS | {"kind": kind})
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (OneSided, "not symmetric"),
+        (SelfLoops, "diagonal that is not zero"),
+        (Unmasked, "not zero outside the mask"),
+        (UnmaskedEdges, "not zero outside the mask"),
+        (CountsPlaces, "more padding gives another answer"),
+        (Numbered, "nodes in another order"),
+        (Crowded, "graph 0 alone gives another answer"),
+        (Forgets, "must return x and adj, found x"),
+        (Squeezed, "returned x of shape"),
+        (Overflows, "not finite"),
+        (IdleGraphs, "no gradient reaches the parameter spare.weight"),
+    ],
+)
+def test_broken_networks_of_graphs_are_refused(network, message):
+    with pytest.raises(AssertionError, match=message):
+        check_network(network, GRAPHS)

@@ -158,6 +158,14 @@ def writer_for(spec: dict[str, Any]) -> Writer:
         from lightning_sgm.io.arrays import ArrayWriter
 
         return ArrayWriter(spec["mean"], spec["std"])
+    if kind == "graph":
+        from lightning_sgm.io.graphs import GraphWriter
+
+        return GraphWriter()
+    if kind == "molecule":
+        from lightning_sgm.io.molecules import MoleculeWriter
+
+        return MoleculeWriter(spec["atoms"])
     raise ValueError(f"there is no writer for data of kind {kind!r}: give your own Writer as writer=")
 
 

@@ -3,8 +3,20 @@
 from lightning_sgm.methods.base import GenerativeModule
 from lightning_sgm.methods.classifier import Classifier
 from lightning_sgm.methods.completion import Complete
+from lightning_sgm.methods.gdss import GDSS
 from lightning_sgm.methods.radd import RADD
 from lightning_sgm.methods.score_sde import ScoreSDE
 from lightning_sgm.methods.tasks import Colourise, Inpaint, Restore, Task
 
-__all__ = ["RADD", "Classifier", "Colourise", "Complete", "GenerativeModule", "Inpaint", "Restore", "ScoreSDE", "Task"]
+__all__ = [
+    "GDSS",
+    "RADD",
+    "Classifier",
+    "Colourise",
+    "Complete",
+    "GenerativeModule",
+    "Inpaint",
+    "Restore",
+    "ScoreSDE",
+    "Task",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
+from lightning_sgm.methods import learning_rate
 from lightning_sgm.methods.judging import feed, judge, prepare
+from lightning_sgm.methods.learning_rate import Decay
 from lightning_sgm.metrics.base import ExampleMean
 from lightning_sgm.random import Draw, mix, run_seed
 
 Batch = dict[str, Tensor]
-Decay = Literal["constant", "linear", "cosine", "trapezoid"]
 _TRAIN, _EVALUATE, _SAMPLE = 1, 2, 3
 
 
@@ -43,14 +44,15 @@ class GenerativeModule(LightningModule):
         spec: what the data tell the model (shape, vocabulary, ...); linked from the DataModule by the command line.
         optimizer: callable from (name, parameter) pairs to an optimiser; torch's take such pairs as well as parameters.
         warmup: number of updates over which the learning rate rises linearly.
-        decay: the learning rate after warm-up: "constant"; "linear" or "cosine" down to 0 over the run; "trapezoid",
-            constant and in the last fifth linearly down to 0 (Haegele et al. 2024, 2405.18392).
+        decay: the learning rate after warm-up: "constant", "linear", "cosine", "trapezoid", or a number in (0, 1] by
+            which every epoch multiplies it; see :func:`~lightning_sgm.methods.learning_rate.factor_of`.
         exact: noise in training keyed by example instead of drawn per batch, so that a step does not depend on how its
             batch is split over processes.
         drop: probability with which a condition is replaced by its null value in training, by name; a label of K
             classes becomes K (classifier-free guidance, Ho and Salimans 2022).
         metrics: metrics of samples against data, filled by ``test`` from one sampling pass.
         test_samples: how many samples ``test`` draws for them.
+        val_samples: how many each validation draws for them, to see them over time; 0 for none.
 
     Attributes:
         ema_parts: names of the trained parts, which the EMA averages and compile sees.
@@ -71,10 +73,12 @@ class GenerativeModule(LightningModule):
         drop: dict[str, float] | None = None,
         metrics: list[Metric] | None = None,
         test_samples: int = 256,
+        val_samples: int = 0,
     ) -> None:
         super().__init__()
-        if warmup < 0:
-            raise ValueError(f"warmup must be at least 0, got {warmup}")
+        if val_samples < 0:
+            raise ValueError(f"val_samples must be at least 0, got {val_samples}")
+        learning_rate.check(warmup, decay)
         if test_samples < 1:
             raise ValueError(f"test_samples must be at least 1, got {test_samples}; for no samples set metrics to []")
         self.spec = spec
@@ -82,7 +86,7 @@ class GenerativeModule(LightningModule):
         self.warmup, self.decay = warmup, decay
         self.exact = exact
         self.drop = drop or {}
-        self.test_samples = test_samples
+        self.test_samples, self.val_samples = test_samples, val_samples
         self.metrics: list[Metric] = list(metrics or [])
         self.means = nn.ModuleDict()
         self.last_loss: Tensor | None = None
@@ -233,6 +237,23 @@ class GenerativeModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Terms averaged over the examples of the split, with the same noise at every validation."""
         self.log_terms(self.losses(batch, self.evaluation_draw(batch)), "val")
+        if self._judging:
+            self.feed_real(batch)
+
+    def on_validation_start(self) -> None:
+        """As :meth:`on_test_start`, where validations draw samples."""
+        if self._judging:
+            prepare(self, self.metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Judge samples, where validations draw them."""
+        if self._judging:
+            values = judge(self, self.metrics, self.val_samples, floor=False)
+            self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
+
+    @property
+    def _judging(self) -> bool:
+        return bool(self.val_samples and self.metrics) and not self.trainer.sanity_checking
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As validation; real data are fed to the sample metrics."""
@@ -319,22 +340,12 @@ class GenerativeModule(LightningModule):
         # Lightning refuses to clip for fused optimisers that unscale gradients themselves: let its scaler do that.
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        total = math.inf if self.decay == "constant" else float(self.trainer.estimated_stepping_batches)
-        if total == math.inf and self.decay != "constant":
-            raise ValueError(
-                f"decay: {self.decay} needs an end of the run: set trainer.max_steps or trainer.max_epochs"
-            )
-
-        def factor(update: int) -> float:
-            rising = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
-            if self.decay == "constant":
-                return rising
-            done = min(1.0, update / max(1.0, total))
-            if self.decay == "cosine":
-                return rising * 0.5 * (1.0 + math.cos(math.pi * done))
-            return rising * min(1.0, (5.0 if self.decay == "trapezoid" else 1.0) * (1.0 - done))
-
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        total, epoch = math.inf, math.inf
+        if self.decay != "constant":
+            total = float(self.trainer.estimated_stepping_batches)
+            epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        scheduler = LambdaLR(optimizer, learning_rate.factor_of(self.warmup, self.decay, total, epoch))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def _is_plain(value: Any) -> bool:

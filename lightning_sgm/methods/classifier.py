@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lightning_sgm.methods.base import Batch, Decay, GenerativeModule
+from lightning_sgm.methods.base import Batch, GenerativeModule
+from lightning_sgm.methods.learning_rate import Decay
 from lightning_sgm.networks.base import Network, Spec, build
 from lightning_sgm.objectives.denoising import Times, UniformLogSNR
 from lightning_sgm.processes.gaussian import CLEAN, VE, GaussianProcess, Level, match

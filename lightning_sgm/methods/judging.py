@@ -27,22 +27,23 @@ def prepare(module: GenerativeModule, metrics: list[Metric]) -> None:
             learn(getattr(module.trainer, "datamodule", None))
 
 
-def judge(module: GenerativeModule, metrics: list[Metric], count: int) -> dict[str, Tensor]:
+def judge(module: GenerativeModule, metrics: list[Metric], count: int, floor: bool = True) -> dict[str, Tensor]:
     """Values of ``metrics``, which have seen the real data, for ``count`` samples and for as many training examples.
 
     Every process takes its share of both and all get the same values. A metric that is better than its floor by
-    more than the floor's own scatter says nothing more about the samples. Metrics with ``floor = False`` have none.
+    more than the floor's own scatter says nothing more about the samples. Metrics with ``floor = False`` have none, and
+    without ``floor`` no metric has.
 
     Returns:
         "samples/NAME" and "floor/NAME" (where the data can give examples), scalars, and "samples/evaluations".
     """
     results: dict[str, Tensor] = {}
-    examples = _training_examples(module, count)
+    examples = _training_examples(module, count) if floor else None
     if examples is not None:
         for metric in (metric for metric in metrics if getattr(metric, "floor", True)):
-            floor = copy.deepcopy(metric)
-            feed(floor, examples, real=False)
-            results |= _named(floor, "floor")
+            judged = copy.deepcopy(metric)
+            feed(judged, examples, real=False)
+            results |= _named(judged, "floor")
     evaluations, drawn = 0.0, 0
     for indices in module.sample_batches(count):
         samples = module.sample(indices.to(module.device))

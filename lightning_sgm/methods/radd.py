@@ -14,9 +14,10 @@ from torchmetrics import Metric
 
 from datamodules.tokenizers import described
 from lightning_sgm.denoiser import TokenDenoiser
-from lightning_sgm.methods.base import Batch, Curve, Decay, GenerativeModule
+from lightning_sgm.methods.base import Batch, Curve, GenerativeModule
 from lightning_sgm.methods.bound import BoundTest
 from lightning_sgm.methods.completion import Complete
+from lightning_sgm.methods.learning_rate import Decay
 from lightning_sgm.methods.token_pictures import masking_curve, unmasking
 from lightning_sgm.networks.base import Spec, TokenNetwork, build
 from lightning_sgm.objectives.masked import MaskedLoss, MaskedObjective
@@ -39,8 +40,8 @@ class RADD(GenerativeModule):
         test_losses: further losses by which it does.
         pieces: into how many pieces sequences are cut in training, by the update from which on: ``{0: 4, 500: 2, 1000:
             1}``. Short pieces at first teach neighbours sooner, at the same number of tokens.
-        spec, optimizer, warmup, decay, exact, drop, metrics, test_samples: see :class:`GenerativeModule`; the paper's
-            AdamW 3e-4, weight decay 0.03 and 2500 updates of warm-up.
+        spec, optimizer, warmup, decay, exact, drop, metrics, test_samples, val_samples: see
+            :class:`GenerativeModule`; the paper's AdamW 3e-4, weight decay 0.03 and 2500 updates of warm-up.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class RADD(GenerativeModule):
         drop: dict[str, float] | None = None,
         metrics: list[Metric] | None = None,
         test_samples: int = 64,
+        val_samples: int = 0,
     ) -> None:
         super().__init__(
             spec=spec,
@@ -71,6 +73,7 @@ class RADD(GenerativeModule):
             drop=drop,
             metrics=metrics,
             test_samples=test_samples,
+            val_samples=val_samples,
         )
         self.record(locals(), forget=("task",))
         self.network = build(network, spec)

@@ -15,8 +15,9 @@ from torchmetrics import Metric
 from lightning_sgm.denoiser import BaseDenoiser, Denoiser, Preconditioning
 from lightning_sgm.guidance.classes import ClassifierFree
 from lightning_sgm.likelihood import Likelihood
-from lightning_sgm.methods.base import Batch, Curve, Decay, GenerativeModule
+from lightning_sgm.methods.base import Batch, Curve, GenerativeModule
 from lightning_sgm.methods.density import DensityTest
+from lightning_sgm.methods.learning_rate import Decay
 from lightning_sgm.methods.pictures import denoising_strips, loss_curve
 from lightning_sgm.methods.tasks import Task
 from lightning_sgm.networks.base import Network, Spec, build
@@ -47,8 +48,8 @@ class ScoreSDE(GenerativeModule):
             does not. Each example costs about a hundred evaluations.
         likelihood_examples: of how many test examples, the first ones; None for all. Both follow the checkpoint in
             ``test``: give them as options.
-        spec, optimizer, warmup, decay, exact, drop, metrics, test_samples: see :class:`GenerativeModule`; Adam at 2e-4
-            with 5000 updates of warm-up as in the paper.
+        spec, optimizer, warmup, decay, exact, drop, metrics, test_samples, val_samples: see
+            :class:`GenerativeModule`; Adam at 2e-4 with 5000 updates of warm-up as in the paper.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class ScoreSDE(GenerativeModule):
         drop: dict[str, float] | None = None,
         metrics: list[Metric] | None = None,
         test_samples: int = 256,
+        val_samples: int = 0,
     ) -> None:
         super().__init__(
             spec=spec,
@@ -81,6 +83,7 @@ class ScoreSDE(GenerativeModule):
             drop=drop,
             metrics=metrics,
             test_samples=test_samples,
+            val_samples=val_samples,
         )
         self.record(locals(), forget=("task",))
         self.network = build(network, spec)

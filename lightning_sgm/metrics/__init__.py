@@ -6,19 +6,28 @@ metric.inputs}, real=...)`` with real and with generated batches: one sampling p
 
 from lightning_sgm.metrics.arrays import EnergyDistance
 from lightning_sgm.metrics.base import DoubleMetric, ExampleMean
+from lightning_sgm.metrics.chemnet import FCD
 from lightning_sgm.metrics.generative import GenerativePerplexity
+from lightning_sgm.metrics.graphs import GraphMMD
 from lightning_sgm.metrics.images import FrechetDistance
 from lightning_sgm.metrics.likelihood import BitsPerDim, TokenLikelihood
+from lightning_sgm.metrics.molecules import MoleculeQuality, SimilarityToData
+from lightning_sgm.metrics.nspdk import NSPDK
 from lightning_sgm.metrics.text import NGramJudge, UnigramEntropy
 
 __all__ = [
+    "FCD",
+    "NSPDK",
     "BitsPerDim",
     "DoubleMetric",
     "EnergyDistance",
     "ExampleMean",
     "FrechetDistance",
     "GenerativePerplexity",
+    "GraphMMD",
+    "MoleculeQuality",
     "NGramJudge",
+    "SimilarityToData",
     "TokenLikelihood",
     "UnigramEntropy",
 ]

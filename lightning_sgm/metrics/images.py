@@ -86,9 +86,9 @@ class FrechetDistance(DoubleMetric):
         seen = [int(getattr(self, f"{side}_count", 0)) for side in ("real", "generated")]
         if min(seen) < 2:
             raise ValueError(f"{self.name} needs at least 2 real and 2 generated images, got {seen[0]} and {seen[1]}")
-        real_mean, real_covariance = _moments(self.real_count, self.real_sum, self.real_outer)
-        mean, covariance = _moments(self.generated_count, self.generated_sum, self.generated_outer)
-        return _frechet(real_mean, real_covariance, mean, covariance)
+        real_mean, real_covariance = moments(self.real_count, self.real_sum, self.real_outer)
+        mean, covariance = moments(self.generated_count, self.generated_sum, self.generated_outer)
+        return frechet(real_mean, real_covariance, mean, covariance)
 
     @torch.no_grad()
     def _vectors(self, x: Tensor) -> Tensor:
@@ -106,13 +106,13 @@ class FrechetDistance(DoubleMetric):
         return vectors.double()
 
 
-def _moments(count: Tensor, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+def moments(count: Tensor, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and unbiased covariance (D, D)."""
     mean = total / count
     return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)
 
 
-def _frechet(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2: Tensor) -> Tensor:
+def frechet(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2: Tensor) -> Tensor:
     """The squared Frechet distance of two Gaussians.
 
     tr (S1 S2)^(1/2) is the sum of the singular values of R1 R2 with symmetric roots R: nothing leaves the real

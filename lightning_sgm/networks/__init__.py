@@ -4,6 +4,7 @@ from lightning_sgm.networks.base import Network, Spec, TokenNetwork, build
 from lightning_sgm.networks.ddpm import DDPM
 from lightning_sgm.networks.diffusers_unet import DiffusersUNet
 from lightning_sgm.networks.exact_markov import ExactMarkov
+from lightning_sgm.networks.graph_score import GraphScore
 from lightning_sgm.networks.huggingface import HuggingFaceMaskedLM
 from lightning_sgm.networks.masked_transformer import MaskedTransformer
 from lightning_sgm.networks.mlp import MLP
@@ -16,6 +17,7 @@ __all__ = [
     "MLP",
     "DiffusersUNet",
     "ExactMarkov",
+    "GraphScore",
     "HuggingFaceMaskedLM",
     "MaskedTransformer",
     "NCSNpp",

@@ -15,12 +15,14 @@ from lightning_sgm.objectives.denoising import (
     VWeight,
     Weight,
 )
+from lightning_sgm.objectives.joint import JointObjective
 from lightning_sgm.objectives.masked import MaskedObjective
 
 __all__ = [
     "ChainTimes",
     "DenoisingObjective",
     "EDMWeight",
+    "JointObjective",
     "LikelihoodWeight",
     "LogNormalRatio",
     "MaskedObjective",

@@ -277,14 +277,18 @@ class DenoisingObjective:
         process = denoiser.process
         level = process.level(times, x0.device)
         noise = draw.normal(x0.shape, x0.dtype).to(x0.device)
-        x = process.perturb(x0, level, noise)
+        answer = getattr(denoiser, self.weight.of)(process.perturb(x0, level, noise), level.t, **conditions)
+        squared = self.squared(answer, x0, noise, level, process)
+        return squared.mean(1) if self.reduction == "mean" else 0.5 * squared.sum(1)
+
+    def squared(self, answer: Tensor, x0: Tensor, noise: Tensor, level: Level, process: GaussianProcess) -> Tensor:
+        """Weighted squared errors (B, D), float32 or better, of an ``answer`` (B, *) of the kind ``weight.of``."""
         if self.weight.of == "noise":
-            error = denoiser.noise(x, level.t, **conditions) - noise
+            error = answer - noise
         elif self.weight.of == "x0":
-            error = denoiser.x0(x, level.t, **conditions) - x0
+            error = answer - x0
         else:
             d_alpha, d_sigma = process.derivatives(level.t)
-            error = denoiser.velocity(x, level.t, **conditions) - match(d_alpha, x) * x0 - match(d_sigma, x) * noise
+            error = answer - match(d_alpha, x0) * x0 - match(d_sigma, x0) * noise
         squared = error.to(torch.promote_types(error.dtype, torch.float32)).square().flatten(1)
-        loss = squared.mean(1) if self.reduction == "mean" else 0.5 * squared.sum(1)
-        return loss * self.weight(level, process).to(loss.dtype)
+        return match(self.weight(level, process), squared) * squared

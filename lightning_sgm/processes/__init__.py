@@ -3,6 +3,7 @@
 from lightning_sgm.processes.absorbing import AbsorbingProcess, CosineSquared, Geometric, Loglinear, Schedule
 from lightning_sgm.processes.chains import Chain, DDPMChain, SMLDChain
 from lightning_sgm.processes.gaussian import CLEAN, EDM, VE, VP, Cosine, Flow, GaussianProcess, Level, SubVP
+from lightning_sgm.processes.graph import GraphProcess
 
 __all__ = [
     "CLEAN",
@@ -17,6 +18,7 @@ __all__ = [
     "Flow",
     "GaussianProcess",
     "Geometric",
+    "GraphProcess",
     "Level",
     "Loglinear",
     "SMLDChain",

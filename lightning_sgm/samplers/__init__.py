@@ -17,9 +17,11 @@ from lightning_sgm.samplers.rules import (
     Rule,
     Stay,
 )
+from lightning_sgm.samplers.splitting import S4
 from lightning_sgm.samplers.unmasking import UnmaskingSampler
 
 __all__ = [
+    "S4",
     "Ancestral",
     "AnnealedLangevin",
     "ChainGrid",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from lightning_sgm.denoiser import BaseDenoiser
@@ -81,5 +82,18 @@ class Evaluation:
         return self._last[2]
 
     def noise_like(self, x: Any, draw: Draw) -> Any:
-        """Standard normal noise of the state's shape: the only noise of rules and hooks."""
+        """Standard normal noise of the state's shape, of the process's own law if it has one.
+
+        It is the only noise of rules and hooks.
+        """
+        own = getattr(self.process, "noise_like", None)
+        if own is not None:
+            return own(x, draw, self._conditions)
         return per_component(lambda part: draw.normal(part.shape, part.dtype), x)
+
+    def sizes(self, x: Any) -> Any:
+        """Number of values of each sample in each component, () or (B,): padding of the process's is not counted."""
+        own = getattr(self.process, "sizes", None)
+        if own is not None:
+            return own(x, self._conditions)
+        return per_component(lambda part: torch.tensor(part[0].numel()), x)

@@ -42,24 +42,47 @@ class Langevin(Hook):
         norm: norms of z and the score over each "sample"; averaged over the "batch" (their code: a sample then
             depends on its batch); or each sample's score against |z| = sqrt(D), "dimension".
         scale: a as above ("chain"), or alpha(t)^2 as printed in the paper ("marginal").
+        noise_scale: factor of the noise alone, >= 0; below 1 it sharpens the law (scale_eps of Jo et al. 2022).
     """
 
-    def __init__(self, snr: float = 0.16, steps: int = 1, norm: Norm = "sample", scale: Scale = "chain") -> None:
+    def __init__(
+        self,
+        snr: float = 0.16,
+        steps: int = 1,
+        norm: Norm = "sample",
+        scale: Scale = "chain",
+        noise_scale: float = 1.0,
+    ) -> None:
         _check(self, snr, steps, scale)
+        if noise_scale < 0:
+            raise ValueError(f"noise_scale of Langevin must be at least 0, got {noise_scale}")
         if norm not in ("sample", "batch", "dimension"):
             raise ValueError(f"norm of Langevin must be sample, batch or dimension, got {norm!r}")
         self.snr, self.steps = snr, steps
         self.norm: Norm = norm
         self.scale: Scale = scale
+        self.noise_scale = noise_scale
 
     def __call__(self, evaluate: Evaluation, x: Any, level: Levels, draw: Draw) -> Any:
         """``steps`` steps, jointly for all components; see :class:`Hook`."""
-        return _repeat(self.steps, self._step, evaluate, x, level, draw)
+        return _repeat(self.steps, self.step, evaluate, x, level, draw)
 
-    def _step(self, x: Tensor, x0: Tensor, noise: Tensor, process: GaussianProcess, level: Level) -> Tensor:
+    def step(
+        self, x: Tensor, x0: Tensor, noise: Tensor, process: GaussianProcess, level: Level, count: Tensor
+    ) -> Tensor:
+        """One step of one component.
+
+        Args:
+            x: (B, *) state at ``level``.
+            x0: what the denoiser made of it.
+            noise: standard normal, like ``x``.
+            process: of the component.
+            level: its level.
+            count: values of each sample, () or (B,).
+        """
         estimate = noise_estimate(x, x0, level)
         size = estimate.reshape(len(x), -1).norm(dim=1)
-        reach = torch.full_like(size, (x[0].numel()) ** 0.5)
+        reach = count.to(size).sqrt().expand_as(size)
         if self.norm != "dimension":
             reach = noise.reshape(len(x), -1).norm(dim=1)
         if self.norm == "batch":
@@ -68,7 +91,7 @@ class Langevin(Hook):
         root = torch.where(size > 0, self.snr * reach / size, 0.0) * torch.sqrt(
             2.0 * _scale(self.scale, process, level)
         )
-        return _move(x, estimate, noise, level, root)
+        return _move(x, estimate, self.noise_scale * noise, level, root)
 
 
 class AnnealedLangevin(Hook):
@@ -91,7 +114,9 @@ class AnnealedLangevin(Hook):
         """``steps`` steps, jointly for all components; see :class:`Hook`."""
         return _repeat(self.steps, self._step, evaluate, x, level, draw)
 
-    def _step(self, x: Tensor, x0: Tensor, noise: Tensor, process: GaussianProcess, level: Level) -> Tensor:
+    def _step(
+        self, x: Tensor, x0: Tensor, noise: Tensor, process: GaussianProcess, level: Level, count: Tensor
+    ) -> Tensor:
         root = self.snr * torch.sqrt(2.0 * _scale(self.scale, process, level))
         return _move(x, noise_estimate(x, x0, level), noise, level, root)
 
@@ -110,7 +135,7 @@ def _repeat(steps: int, step: Callable[..., Tensor], evaluate: Evaluation, x: An
         return x
     for _ in range(steps):
         x0 = evaluate(x, level)
-        x = per_component(step, x, x0, evaluate.noise_like(x, draw), evaluate.process, level)
+        x = per_component(step, x, x0, evaluate.noise_like(x, draw), evaluate.process, level, evaluate.sizes(x))
     return x
 
 

@@ -224,6 +224,13 @@ class Stay(Rule):
         return x, x, memory
 
 
+def diffusion_table(process: GaussianProcess, *levels: Level) -> dict[float, tuple[Tensor, Tensor]]:
+    """{t: (f, g^2)} of all levels, at once: differentiating in every step would cost as much as a small network."""
+    times = torch.stack([level.t for level in levels])
+    pairs = zip(process.drift(times), process.diffusion(times) ** 2, strict=True)
+    return dict(zip(times.tolist(), pairs, strict=True))
+
+
 class EulerMaruyama(Rule):
     """First-order solver of the reverse SDE (Song et al. 2021, eq. 6): mean = x - (f x - g^2 score) dt.
 
@@ -231,14 +238,8 @@ class EulerMaruyama(Rule):
     """
 
     def start(self, process: Processes, levels: list[Levels]) -> Any:
-        """{t: (f, g^2)} of all levels, at once: differentiating in every step would cost as much as a small network."""
-
-        def table(process: GaussianProcess, *levels: Level) -> dict[float, tuple[Tensor, Tensor]]:
-            times = torch.stack([level.t for level in levels])
-            pairs = zip(process.drift(times), process.diffusion(times) ** 2, strict=True)
-            return dict(zip(times.tolist(), pairs, strict=True))
-
-        return per_component(table, process, *levels[:-1])
+        """{t: (f, g^2)} of all levels."""
+        return per_component(diffusion_table, process, *levels[:-1])
 
     def __call__(
         self, evaluate: Evaluation, x: Any, level: Levels, target: Levels, draw: Draw, memory: Any
@@ -250,7 +251,7 @@ class EulerMaruyama(Rule):
         return *_affine_step(evaluate, x, level, coefficients, draw), memory
 
     def _coefficients(self, level: Level, target: Level, table: dict[float, tuple[Tensor, Tensor]]) -> Coefficients:
-        _refuse_pure_noise(self, level)
+        refuse_pure_noise(self, level)
         dt = level.t - target.t
         f, g2 = table[float(level.t)]
         pull = g2 * dt / level.sigma**2
@@ -271,13 +272,14 @@ class ReverseDiffusion(Rule):
 
     def coefficients(self, process: GaussianProcess, level: Level, target: Level) -> Coefficients:
         """The mean in x and x_0, and the transition's std."""
-        _refuse_pure_noise(self, level)
+        refuse_pure_noise(self, level)
         scale, std = process.transition(target, level)
         pull = (0.5 if self.deterministic else 1.0) * (std / level.sigma) ** 2
         return 2.0 - scale - pull, pull * level.alpha, torch.zeros_like(std) if self.deterministic else std
 
 
-def _refuse_pure_noise(rule: Rule, level: Level) -> None:
+def refuse_pure_noise(rule: Rule, level: Level) -> None:
+    """Raise a ValueError for a rule that would start from alpha = 0."""
     if not level.alpha.any():
         raise ValueError(
             f"{type(rule).__name__} cannot start where alpha = 0, as its drift is infinite there: "

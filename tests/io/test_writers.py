@@ -102,8 +102,8 @@ def test_the_specification_chooses_the_writer():
 
 
 def test_misuse_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"'graph'.*writer="):
-        writer_for({"kind": "graph"})
+    with pytest.raises(ValueError, match=r"'smell'.*writer="):
+        writer_for({"kind": "smell"})
     with pytest.raises(ValueError, match="tokenizer 'word'"):
         TextWriter("word")
     with pytest.raises(ValueError, match="range"):

@@ -240,7 +240,7 @@ def test_a_sample_depends_on_its_batch_within_the_tolerance(solver):
 
 @pytest.mark.parametrize("solver", ["dopri5", "scipy_LSODA"])
 def test_conditions_reach_the_denoiser(solver):
-    sampler, shift = ODESampler(solver), torch.tensor([0.0, 10.0])
+    sampler, shift = ODESampler(solver, 1e-6, 1e-6), torch.tensor([0.0, 10.0])
     x = sampler(Counting(VP()), (2, 1), Draw(0), shift=shift)
     y = sampler(Counting(VP()), (2, 1), Draw(0))
     assert float(x[0]) == pytest.approx(float(y[0]), abs=1e-4)

@@ -1,0 +1,204 @@
+"""GDSS: graphs and molecules by a system of SDEs for nodes and edges (Jo, Lee and Hwang 2022, 2202.02514)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from lightning_sgm.denoiser import Preconditioning
+from lightning_sgm.joint_denoiser import JointDenoiser
+from lightning_sgm.methods.base import Batch, Curve, GenerativeModule
+from lightning_sgm.methods.graph_pictures import loss_curves, reverse_strips
+from lightning_sgm.methods.learning_rate import Decay
+from lightning_sgm.networks.base import Network, Spec, build
+from lightning_sgm.objectives.joint import JointObjective
+from lightning_sgm.processes.gaussian import as_time
+from lightning_sgm.processes.graph import Graph, GraphProcess, masked
+from lightning_sgm.random import Draw
+from lightning_sgm.samplers.grids import UniformTime
+from lightning_sgm.samplers.hooks import Langevin
+from lightning_sgm.samplers.loop import Sampler
+from lightning_sgm.samplers.splitting import S4
+
+Start = Literal["standard", "matched"]
+_COMPONENTS = ("x", "adj")
+_KEPT = 0.1  # share of the data's amplitude at t = 1 above which N(0, 1) is visibly another law
+
+
+class GDSS(GenerativeModule):
+    """Node features and adjacency diffuse together; two networks give the partial scores of the reverse system.
+
+    Samples are whole: an entry of the adjacency is rounded to the nearest of 0 .. spec["bonds"], and of a molecule's
+    node features the largest above 0.5 becomes the atom's type (none: no atom).
+
+    Args:
+        network: the pair of networks, or a factory that receives ``spec``: network(state, label, node_mask=...).
+        process: Gaussian processes of ``x`` and ``adj``.
+        x_preconditioning: what is predicted for the node features; the authors' networks give the noise under VP and
+            sub-VP, and the score itself under VE.
+        adj_preconditioning: what is predicted for the adjacency.
+        objective: law of the times and the weights.
+        sampler: rule, grid and hooks; the paper's solver S4 by default.
+        start: where sampling starts. "standard": N(0, 1), as the paper does whatever the process; "matched": a normal
+            law with the mean and variance that data have at t = 1, from the statistics in ``spec``.
+        nodes: number of nodes of all samples; None: drawn from those of the training graphs.
+        spec, optimizer, warmup, decay, exact, drop, metrics, test_samples, val_samples: see :class:`GenerativeModule`;
+            Adam at 0.01 with the paper's L2 decay of 1e-4, and 0.999 per epoch. ``trainer.gradient_clip_val`` holds for
+            each of the two networks.
+    """
+
+    def __init__(
+        self,
+        network: Network | Callable[[Spec], Network],
+        spec: dict[str, Any],
+        process: GraphProcess = GraphProcess(),
+        x_preconditioning: Preconditioning = Preconditioning("noise"),
+        adj_preconditioning: Preconditioning = Preconditioning("noise"),
+        objective: JointObjective = JointObjective(reduction="half_sum"),
+        sampler: Sampler = Sampler(S4(Langevin(0.05, noise_scale=0.7)), 1000, UniformTime(1e-4)),
+        start: Start = "standard",
+        nodes: int | None = None,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-2, weight_decay=1e-4),
+        warmup: int = 0,
+        decay: Decay = 0.999,
+        exact: bool = False,
+        drop: dict[str, float] | None = None,
+        metrics: list[Metric] | None = None,
+        test_samples: int = 128,
+        val_samples: int = 0,
+    ) -> None:
+        super().__init__(
+            spec=spec,
+            optimizer=optimizer,
+            warmup=warmup,
+            decay=decay,
+            exact=exact,
+            drop=drop,
+            metrics=metrics,
+            test_samples=test_samples,
+            val_samples=val_samples,
+        )
+        self.record(locals())
+        if spec.get("kind") not in ("graph", "molecule"):
+            raise ValueError(f"GDSS is for graphs and molecules, got data of kind {spec.get('kind', 'unknown')!r}")
+        if start not in ("standard", "matched"):
+            raise ValueError(f"start must be standard or matched, got {start!r}")
+        if start == "matched" and "edge_mean" not in spec:
+            raise ValueError(
+                "start: matched needs statistics of the data, which this model was imported without: give --data"
+            )
+        if nodes is not None and not 1 <= nodes <= spec["nodes"]:
+            raise ValueError(f"nodes must be in 1 .. {spec['nodes']}, the largest graph of the data, got {nodes}")
+        self.network = build(network, spec)
+        self.process = process
+        self.objective = objective
+        self.sampler = copy.copy(sampler)  # it counts evaluations, and a default is shared by all models
+        preconditioning = {"x": x_preconditioning, "adj": adj_preconditioning}
+        self.denoiser = JointDenoiser(self.network, process, preconditioning)
+        self.start: Start = start
+        self.nodes = nodes
+
+    def on_fit_start(self) -> None:
+        """Say what is trained, and where its samples will start wrong."""
+        super().on_fit_start()
+        kept = {name: float(part.alpha(as_time(1.0))) for name, part in self.process.items()}
+        if self.start == "standard" and max(kept.values()) > _KEPT:
+            told = ", ".join(f"{value:.0%} of {name}" for name, value in kept.items())
+            rank_zero_warn(
+                f"at t = 1 the process keeps {told}, so samples that start from N(0, 1) start elsewhere than training "
+                "ended. That is the paper's choice; model.start: matched starts from the data's mean and variance"
+            )
+
+    def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """Denoising error of nodes and edges per graph, (B,): "loss" = "loss_x" + "loss_adj"."""
+        state = {name: batch[name] for name in _COMPONENTS}
+        return self.objective(self.denoiser, state, draw, **self.conditions(batch))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients of each network on its own: one learning slowly does not slow the other."""
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError("GDSS clips the norm of each network's gradient: leave out gradient_clip_algorithm")
+        for part in self.network.children():
+            torch.nn.utils.clip_grad_norm_(part.parameters(), float(gradient_clip_val))
+
+    # Sampling.
+
+    def sample(self, indices: Tensor, **conditions: Any) -> Batch:
+        """Graphs ``x`` (n, N, F), ``adj`` (n, N, N) and ``node_mask`` (n, N), N the data's largest number of nodes.
+
+        Args:
+            indices: (n,) numbers of the samples.
+            conditions: ``node_mask`` (n, N) bool, its nodes first, to say which nodes each graph has.
+        """
+        node_mask = conditions.get("node_mask")
+        if node_mask is None:
+            node_mask = self.draw_node_mask(indices)
+        width = int(node_mask.sum(1).max())  # waits for the device, once for all steps
+        state = self.run(indices, node_mask[:, :width])
+        return self._whole(state, node_mask)
+
+    def run(self, indices: Tensor, node_mask: Tensor, on_step: Callable[[int, Any, Any], None] | None = None) -> Graph:
+        """The state at the end of the reverse process of samples with ``node_mask`` (n, N), not yet whole."""
+        draw = self.sample_draw(indices)
+        batch, width = node_mask.shape
+        empty = {
+            "x": torch.zeros(batch, width, self.spec["features"], device=self.device),
+            "adj": torch.zeros(batch, width, width, device=self.device),
+        }
+        noise = self.process.noise_like(empty, draw, {"node_mask": node_mask})
+        start = noise if self.start == "standard" else masked(self._matched(noise), node_mask)
+        state: Graph = self.sampler(self.denoiser, None, draw, start=start, on_step=on_step, node_mask=node_mask)
+        return state
+
+    def draw_node_mask(self, indices: Tensor) -> Tensor:
+        """(n, N) bool with numbers of nodes as in the training graphs, or ``nodes`` for all."""
+        largest = self.spec["nodes"]
+        position = torch.arange(largest, device=self.device)
+        if self.nodes is not None:
+            return (position < self.nodes).expand(len(indices), largest)
+        counts = torch.tensor(self.spec["node_counts"], dtype=torch.float64, device=self.device)
+        uniform = self.sample_draw(indices).fork(0).uniform((len(indices),), torch.float64)
+        drawn = torch.searchsorted(counts.cumsum(0) / counts.sum(), uniform, right=True).clamp_max(largest)
+        return position < drawn[:, None]
+
+    def _matched(self, noise: Graph) -> Graph:
+        """Noise with the mean and variance of the data at t = 1; the diagonal of the adjacency stays 0."""
+        found = {}
+        for name, key in zip(_COMPONENTS, ("feature", "edge"), strict=True):
+            level = self.process[name].level(1.0)
+            mean, std = (torch.tensor(self.spec[f"{key}_{part}"]).to(noise[name]) for part in ("mean", "std"))
+            scale = torch.sqrt((level.alpha * std) ** 2 + level.sigma**2).to(noise[name])
+            found[name] = float(level.alpha) * mean + scale * noise[name]
+        found["adj"] = found["adj"] - torch.diag_embed(found["adj"].diagonal(dim1=1, dim2=2))
+        return found
+
+    def _whole(self, state: Graph, node_mask: Tensor) -> Batch:
+        """Rounded and padded to the width of ``node_mask``."""
+        missing = node_mask.shape[1] - state["adj"].shape[1]
+        adj = torch.floor(state["adj"] + 0.5).clamp(0, self.spec["bonds"])
+        x = state["x"]
+        if self.spec["kind"] == "molecule":
+            chosen = x.argmax(2, keepdim=True)
+            x = torch.zeros_like(x).scatter_(2, chosen, (x.gather(2, chosen) > 0.5).to(x))
+        pad = torch.nn.functional.pad
+        whole = {"x": pad(x, (0, 0, 0, missing)), "adj": pad(adj, (0, missing, 0, missing))}
+        return {**masked(whole, node_mask), "node_mask": node_mask}
+
+    def pictures(self) -> dict[str, Batch | Curve]:
+        """Graphs coming out of the noise, and the losses over time."""
+        return {"reverse_process": reverse_strips(self), **loss_curves(self)}
