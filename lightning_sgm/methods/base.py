@@ -343,6 +343,7 @@ class GenerativeModule(LightningModule):
         total, epoch = math.inf, math.inf
         if self.decay != "constant":
             total = float(self.trainer.estimated_stepping_batches)
+            self.trainer.fit_loop.setup_data()  # or the number of batches is not known yet
             epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         scheduler = LambdaLR(optimizer, learning_rate.factor_of(self.warmup, self.decay, total, epoch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -60,10 +60,12 @@ class GDSS(GenerativeModule):
         network: Network | Callable[[Spec], Network],
         spec: dict[str, Any],
         process: GraphProcess = GraphProcess(),
-        x_preconditioning: Preconditioning = Preconditioning("noise"),
-        adj_preconditioning: Preconditioning = Preconditioning("noise"),
+        x_preconditioning: Preconditioning = Preconditioning(),
+        adj_preconditioning: Preconditioning = Preconditioning(),
         objective: JointObjective = JointObjective(reduction="half_sum"),
-        sampler: Sampler = Sampler(S4(Langevin(0.05, noise_scale=0.7)), 1000, UniformTime(1e-4)),
+        sampler: Sampler = Sampler(
+            rule=S4(corrector=Langevin(snr=0.05, noise_scale=0.7)), steps=1000, grid=UniformTime(t_min=1e-4)
+        ),
         start: Start = "standard",
         nodes: int | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-2, weight_decay=1e-4),
