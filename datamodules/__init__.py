@@ -6,6 +6,7 @@ from datamodules.graphs import GraphDataModule
 from datamodules.images import ImageDataModule
 from datamodules.markov import MarkovDataModule
 from datamodules.molecules import MoleculeDataModule
+from datamodules.super_resolution import SuperResolutionDataModule
 from datamodules.text import TextDataModule
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "ImageDataModule",
     "MarkovDataModule",
     "MoleculeDataModule",
+    "SuperResolutionDataModule",
     "TextDataModule",
 ]

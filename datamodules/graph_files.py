@@ -124,7 +124,8 @@ def _read_npz(path: Path) -> _Arcs:
 
 
 def _require_counts(path: Path, name: str, values: NDArray[Any]) -> None:
-    if values.ndim == 0 or values.dtype.kind not in "iu" or (values < 0).any():
+    whole = values.dtype.kind in "iu" or not values.size  # numpy makes floats of an empty list
+    if values.ndim == 0 or not whole or (values < 0).any():
         raise ValueError(
             f"{path}: {name} must hold whole numbers from 0 of an integer type, got {values.dtype} of shape "
             f"{values.shape}" + (" with NaN" if values.dtype.kind == "f" and np.isnan(values).any() else "")

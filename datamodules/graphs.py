@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +38,8 @@ class GraphDataModule(DataModule):
             again until connected (community_small of Niu et al. 2020 and GDSS, but each graph has its own communities,
             which repeat in GDSS's file); "ego", a node and its 3 to 17 neighbours in one graph grown by preferential
             attachment with triangles (in size like GDSS's ego_small from Citeseer, but no citations); "grid", lattices
-            with sides of 10 to 19 nodes, all 100 of them before one is repeated.
+            with sides of 10 to 19 nodes, all 100 of them before one is repeated; "small_grid", with sides of 4 to 9
+            nodes, 36 in all (repetitions are in every split, so only the shape of the graphs is to be learnt).
         path: a file or folder that takes the place of ``dataset``: .npz of num_nodes, num_edges, edge_index and perhaps
             is_test; a folder of .graphml, .gml or edge list files (.edges, .edgelist, .txt) with one graph each. See
             ``read_graphs``. Isolated nodes are dropped, with a note.
@@ -59,7 +61,7 @@ class GraphDataModule(DataModule):
 
     def __init__(
         self,
-        dataset: Literal["community", "ego", "grid"] = "community",
+        dataset: Literal["community", "ego", "grid", "small_grid"] = "community",
         path: str | None = None,
         graphs: int = 100,
         features: int | None = None,
@@ -237,9 +239,11 @@ def _egos(generator: np.random.Generator, graphs: int) -> PackedGraphs:
     return _packed(num_nodes, adj, "ego")
 
 
-def _grids(generator: np.random.Generator, graphs: int) -> PackedGraphs:
-    kinds = np.concatenate([generator.permutation(100) for _ in range(-(-graphs // 100))])[:graphs]
-    sides = np.stack([kinds // 10 + 10, kinds % 10 + 10], axis=1)
+def _grids(generator: np.random.Generator, graphs: int, low: int = 10, high: int = 19) -> PackedGraphs:
+    """Lattices with sides of ``low`` to ``high`` nodes."""
+    span = high - low + 1
+    kinds = np.concatenate([generator.permutation(span**2) for _ in range(-(-graphs // span**2))])[:graphs]
+    sides = np.stack([kinds // span + low, kinds % span + low], axis=1)
     edges = []
     for height, width in sides:
         node = np.arange(height * width).reshape(height, width)
@@ -257,4 +261,5 @@ _SETS: dict[str, Callable[[np.random.Generator, int], PackedGraphs]] = {
     "community": _communities,
     "ego": _egos,
     "grid": _grids,
+    "small_grid": partial(_grids, low=4, high=9),
 }

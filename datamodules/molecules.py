@@ -31,7 +31,8 @@ class MoleculeDataModule(DataModule):
 
     ``spec``: kind "molecule", nodes (of the largest molecule), features F, bonds 3, atoms (F element symbols),
     node_counts (number of training molecules with 0, 1, ..., nodes atoms), edge_mean and edge_std (of ``adj`` over the
-    off-diagonal entries inside the masks of the training molecules).
+    off-diagonal entries inside the masks of the training molecules), feature_mean and feature_std (F of each, of ``x``
+    over all their atoms).
 
     Args:
         dataset: "grown" (up to 5,000 random molecules that obey valences and nothing else, without a download) or
@@ -184,6 +185,8 @@ class MoleculeDataModule(DataModule):
         rows = self._rows["train"].numpy()
         nodes = self._packed.num_nodes[rows]
         orders = self._packed.orders[_members(self._packed.num_edges[rows], self._edge_start[rows])[2]].astype(float)
+        types = self._type[self._packed.numbers[_members(nodes, self._node_start[rows])[2]]]
+        share = np.bincount(types, minlength=len(atoms)) / len(types)
         entries = max(int((nodes * (nodes - 1)).sum()), 1)  # an edge stands in two of them
         mean = 2 * orders.sum() / entries
         used = torch.cat(list(self._rows.values())).numpy()
@@ -197,6 +200,8 @@ class MoleculeDataModule(DataModule):
             "node_counts": np.bincount(nodes, minlength=largest + 1).tolist(),
             "edge_mean": float(mean),
             "edge_std": float(np.sqrt(2 * (orders**2).sum() / entries - mean**2)),
+            "feature_mean": share.tolist(),
+            "feature_std": np.sqrt(share * (1 - share)).tolist(),
         }
 
 

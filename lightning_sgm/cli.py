@@ -99,6 +99,11 @@ class CLI(LightningCLI):
         """Sampling needs no data: the checkpoint has their spec. Tables of numbers are ours."""
         if self.subcommand == "predict":
             self.config["predict"]["data"] = None
+        elif self.config[self.subcommand].get("data") is None:
+            raise UsageError(
+                f"{self.subcommand} needs data, which neither the checkpoint nor a recipe names: give them, as in "
+                "--data GraphDataModule --data.path FILE"
+            )
         if self.subcommand in ("test", "validate"):
             self._verbose = self.config[self.subcommand]["verbose"]
             self.config[self.subcommand]["verbose"] = False

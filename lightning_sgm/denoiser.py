@@ -176,12 +176,16 @@ class Denoiser(BaseDenoiser):
 
     def _answer(self, quantity: Prediction, x: Tensor, t: Time, conditions: dict[str, Tensor]) -> Tensor:
         level = self.process.level(as_time(t, x.device))
+        output = self._output(x, level, conditions)
+        from_x, from_output = answer_scales(quantity, self.preconditioning, level, self.process)
+        return match(from_x, x) * x + match(from_output, x) * output
+
+    def _output(self, x: Tensor, level: Level, conditions: dict[str, Tensor]) -> Tensor:
+        """What the network says about a state (B, *), of its dtype."""
         c_in, _, _ = self.preconditioning.scales(level)
         label = self.preconditioning.label(level, self.process)
         label = label.to(torch.promote_types(x.dtype, torch.float32)).expand(len(x))
-        output = self.network(match(c_in, x) * x, label, **conditions).to(x.dtype)
-        from_x, from_output = answer_scales(quantity, self.preconditioning, level, self.process)
-        return match(from_x, x) * x + match(from_output, x) * output
+        return self.network(match(c_in, x) * x, label, **conditions).to(x.dtype)
 
 
 def answer_scales(

@@ -121,7 +121,10 @@ def one_line(error: BaseException) -> str:
         text = f"missing entry {text}"
     if "Error(s) in loading state_dict" in text:
         lines = [line.strip() for line in text.splitlines()[1:3]]
-        text = f"the checkpoint does not fit this model: {' '.join(lines)[:300]}"
+        text = (
+            "the checkpoint does not fit this model: your data (their width: of graphs --data.features) or settings of "
+            f"the network are others than in training. {' '.join(lines)[:300]}"
+        )
     elif "\n" in text:
         text = explain(text)
     return text if isinstance(cause, _TOLD) else f"{type(cause).__name__}: {text} (add --debug for the traceback)"

@@ -99,13 +99,14 @@ class Progress(ProgressBar):
         self._advance(1, _sum(batches))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the numbers for the lines of training."""
+        """Remember the numbers for the lines of training; those of samples, "val/samples/...", stay in the logs."""
         self._fit.go_on()
         if trainer.state.fn != TrainerFn.FITTING:
             self._finish()
         elif not trainer.sanity_checking:
             metrics = trainer.callback_metrics.items()
-            self._validated = {name: float(value) for name, value in metrics if name.startswith("val")}
+            shown = {name: value for name, value in metrics if name.startswith("val") and name.count("/") <= 1}
+            self._validated = {name: float(value) for name, value in shown.items()}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a pass."""

@@ -117,9 +117,10 @@ class PredictionWriter(Callback):
         self._files: dict[int, Path] = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the run's folder (every process must ask for it)."""
+        """Find the run's folder (every process must ask for it), and hear what the writer lacks before hours pass."""
         self._run = _run_folder(trainer)
         self._files = {}
+        self._writer(pl_module)
 
     def on_predict_batch_end(
         self,

@@ -44,9 +44,13 @@ class MoleculeWriter(Writer):
     Args:
         atoms: element symbols of the channels.
         most: a picture shows at most so many molecules, the first.
+
+    Raises:
+        ValueError: rdkit is not installed.
     """
 
     def __init__(self, atoms: Sequence[str], most: int = 25) -> None:
+        rdkit()  # to fail before hours of sampling
         self.atoms = list(atoms)
         self.most = most
 

@@ -340,13 +340,18 @@ class GenerativeModule(LightningModule):
         # Lightning refuses to clip for fused optimisers that unscale gradients themselves: let its scaler do that.
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        total, epoch = math.inf, math.inf
-        if self.decay != "constant":
-            total = float(self.trainer.estimated_stepping_batches)
-            self.trainer.fit_loop.setup_data()  # or the number of batches is not known yet
-            epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        scheduler = LambdaLR(optimizer, learning_rate.factor_of(self.warmup, self.decay, total, epoch))
+        if self.trainer.max_steps == -1 and self.trainer.max_epochs == -1:
+            learning_rate.check_end(self.decay)
+        factor = learning_rate.factor_of(
+            self.warmup, self.decay, lambda: self.trainer.estimated_stepping_batches, self._epoch
+        )
+        scheduler = LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _epoch(self) -> float:
+        """Updates of an epoch."""
+        batches = self.trainer.num_training_batches
+        return math.ceil(batches / self.trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
 
 
 def _is_plain(value: Any) -> bool:

@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from lightning_sgm.denoiser import Preconditioning
 from lightning_sgm.joint_denoiser import JointDenoiser
 from lightning_sgm.methods.base import Batch, Curve, GenerativeModule
+from lightning_sgm.methods.denormals import flushed, without_denormals
 from lightning_sgm.methods.graph_pictures import loss_curves, reverse_strips
 from lightning_sgm.methods.learning_rate import Decay
 from lightning_sgm.networks.base import Network, Spec, build
@@ -95,7 +96,8 @@ class GDSS(GenerativeModule):
             raise ValueError(f"start must be standard or matched, got {start!r}")
         if start == "matched" and "edge_mean" not in spec:
             raise ValueError(
-                "start: matched needs statistics of the data, which this model was imported without: give --data"
+                "start: matched needs statistics of the data, which imported models have not: fit and test take them "
+                "from --data, and predict from the checkpoint that such a fit wrote"
             )
         if nodes is not None and not 1 <= nodes <= spec["nodes"]:
             raise ValueError(f"nodes must be in 1 .. {spec['nodes']}, the largest graph of the data, got {nodes}")
@@ -107,10 +109,13 @@ class GDSS(GenerativeModule):
         self.denoiser = JointDenoiser(self.network, process, preconditioning)
         self.start: Start = start
         self.nodes = nodes
+        self._flushed = False
 
     def on_fit_start(self) -> None:
         """Say what is trained, and where its samples will start wrong."""
         super().on_fit_start()
+        self._flushed = flushed()
+        torch.set_flush_denormal(True)  # see methods/denormals.py
         kept = {name: float(part.alpha(as_time(1.0))) for name, part in self.process.items()}
         if self.start == "standard" and max(kept.values()) > _KEPT:
             told = ", ".join(f"{value:.0%} of {name}" for name, value in kept.items())
@@ -118,6 +123,10 @@ class GDSS(GenerativeModule):
                 f"at t = 1 the process keeps {told}, so samples that start from N(0, 1) start elsewhere than training "
                 "ended. That is the paper's choice; model.start: matched starts from the data's mean and variance"
             )
+
+    def on_fit_end(self) -> None:
+        """Give the CPU back as it was."""
+        torch.set_flush_denormal(self._flushed)
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Denoising error of nodes and edges per graph, (B,): "loss" = "loss_x" + "loss_adj"."""
@@ -152,7 +161,7 @@ class GDSS(GenerativeModule):
             node_mask = self.draw_node_mask(indices)
         width = int(node_mask.sum(1).max())  # waits for the device, once for all steps
         state = self.run(indices, node_mask[:, :width])
-        return self._whole(state, node_mask)
+        return self.whole(state, node_mask)
 
     def run(self, indices: Tensor, node_mask: Tensor, on_step: Callable[[int, Any, Any], None] | None = None) -> Graph:
         """The state at the end of the reverse process of samples with ``node_mask`` (n, N), not yet whole."""
@@ -164,7 +173,8 @@ class GDSS(GenerativeModule):
         }
         noise = self.process.noise_like(empty, draw, {"node_mask": node_mask})
         start = noise if self.start == "standard" else masked(self._matched(noise), node_mask)
-        state: Graph = self.sampler(self.denoiser, None, draw, start=start, on_step=on_step, node_mask=node_mask)
+        with without_denormals():
+            state: Graph = self.sampler(self.denoiser, None, draw, start=start, on_step=on_step, node_mask=node_mask)
         return state
 
     def draw_node_mask(self, indices: Tensor) -> Tensor:
@@ -189,8 +199,8 @@ class GDSS(GenerativeModule):
         found["adj"] = found["adj"] - torch.diag_embed(found["adj"].diagonal(dim1=1, dim2=2))
         return found
 
-    def _whole(self, state: Graph, node_mask: Tensor) -> Batch:
-        """Rounded and padded to the width of ``node_mask``."""
+    def whole(self, state: Graph, node_mask: Tensor) -> Batch:
+        """Samples from what :meth:`run` gives: rounded, and padded to the width of ``node_mask``."""
         missing = node_mask.shape[1] - state["adj"].shape[1]
         adj = torch.floor(state["adj"] + 0.5).clamp(0, self.spec["bonds"])
         x = state["x"]

@@ -33,8 +33,7 @@ def reverse_strips(module: GDSS) -> Batch:
             frames.append(state["adj"])
             times.append(float(level["adj"].t))
 
-    module.run(indices, node_mask, keep)
-    samples = module.sample(indices, node_mask=node_mask)
+    samples = module.whole(module.run(indices, node_mask, keep), node_mask)
     return {**samples, "adj_steps": torch.stack(frames, 1), "t": torch.tensor(times)}
 
 

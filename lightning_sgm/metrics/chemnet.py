@@ -11,7 +11,7 @@ from torch import Tensor
 from datamodules.chemistry import Largest
 from lightning_sgm.metrics.base import DoubleMetric
 from lightning_sgm.metrics.images import frechet, moments
-from lightning_sgm.metrics.molecules import Reader
+from lightning_sgm.metrics.molecules import Reader, comparable
 
 _FEATURES = 512
 _ROWS = 256  # molecules that the network reads at once
@@ -38,6 +38,8 @@ class FCD(DoubleMetric):
     higher_is_better = False
     inputs: tuple[str, ...] = ("x", "adj", "node_mask")
     name = "molecules"
+    real_count: Tensor
+    generated_count: Tensor
 
     def __init__(self, atoms: list[str] | None = None, largest: Largest = "text") -> None:
         super().__init__()
@@ -70,14 +72,13 @@ class FCD(DoubleMetric):
         self.add(f"{side}_outer", features.T @ features)
 
     def compute(self) -> dict[str, Tensor]:
-        """fcd, a float64 scalar >= 0.
+        """fcd, a float64 scalar >= 0; NaN if fewer than two samples are molecules.
 
         Raises:
-            ValueError: fewer than two molecules on one of the sides.
+            ValueError: fewer than two real molecules.
         """
-        counts = [int(getattr(self, f"{side}_count")) for side in ("real", "generated")]
-        if min(counts) < 2:
-            raise ValueError(f"fcd needs two or more real and generated molecules, got {counts[0]} and {counts[1]}")
+        if not comparable("fcd", int(self.real_count), int(self.generated_count), least=2):
+            return {"fcd": torch.tensor(float("nan"), dtype=torch.float64, device=self.device)}
         fits = [
             moments(*(getattr(self, f"{side}_{name}") for name in ("count", "sum", "outer")))
             for side in ("real", "generated")

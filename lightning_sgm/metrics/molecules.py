@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -46,6 +47,19 @@ class Reader:
         if self.atoms is None:
             raise ValueError("a metric of molecules needs atoms=[...], the elements of the channels, or molecule data")
         return decode(x, adj, node_mask, self.atoms, self.largest)
+
+
+def comparable(name: str, real: int, generated: int, least: int = 1) -> bool:
+    """Whether both sides have ``least`` molecules; says so where samples are too few, as of a model at its beginning.
+
+    Raises:
+        ValueError: too few real molecules.
+    """
+    if real < least:
+        raise ValueError(f"{name} needs {least} or more real molecules, got {real}")
+    if generated < least:
+        rank_zero_warn(f"{name} is not a number: {generated} of the samples are molecules, and {least} are needed")
+    return generated >= least
 
 
 class MoleculeQuality(Metric):
@@ -184,16 +198,15 @@ class SimilarityToData(Metric):
         getattr(self, f"{side}_scaffolds").append(_digests(map(_scaffold, molecules)).to(self.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """snn and scaffold, float64 scalars in [0, 1].
+        """snn and scaffold, float64 scalars in [0, 1]; NaN if no sample is a molecule.
 
         Raises:
-            ValueError: no molecule on one of the sides.
+            ValueError: no real molecule.
         """
         real, generated = _joined(self.real_bits), _joined(self.generated_bits)
-        if not (len(real) and len(generated)):
-            raise ValueError(
-                f"SimilarityToData needs real and generated molecules, got {len(real)} and {len(generated)}"
-            )
+        if not comparable("snn", len(real), len(generated)):
+            nothing = torch.tensor(float("nan"), dtype=torch.float64, device=self.device)
+            return {"snn": nothing, "scaffold": nothing}
         return {
             "snn": _nearest(generated, real).mean(),
             "scaffold": _cosine(_joined(self.real_scaffolds), _joined(self.generated_scaffolds)),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datamodules.chemistry import Largest, quiet, read
 from lightning_sgm.metrics.base import DoubleMetric
-from lightning_sgm.metrics.molecules import Reader
+from lightning_sgm.metrics.molecules import Reader, comparable
 
 _COMPLEXITY = 4
 _BITS = 16
@@ -47,6 +47,8 @@ class NSPDK(DoubleMetric):
     higher_is_better = False
     inputs: tuple[str, ...] = ("x", "adj", "node_mask")
     name = "molecules"
+    real_count: Tensor
+    generated_count: Tensor
 
     def __init__(self, atoms: list[str] | None = None, largest: Largest = "text") -> None:
         super().__init__()
@@ -76,14 +78,12 @@ class NSPDK(DoubleMetric):
         self.add(f"{side}_count", float(len(found)))
 
     def compute(self) -> dict[str, Tensor]:
-        """nspdk, a float64 scalar in [0, 2].
+        """nspdk, a float64 scalar in [0, 2]; NaN if no sample is a molecule.
 
         Raises:
-            ValueError: no molecule on one of the sides.
+            ValueError: no real molecule.
         """
-        for side in ("real", "generated"):
-            if not getattr(self, f"{side}_count"):
-                raise ValueError(f"nspdk has seen no {side} molecule: all of them are empty, or none was given")
+        comparable("nspdk", int(self.real_count), int(self.generated_count))
         real, generated = (
             getattr(self, f"{side}_features") / getattr(self, f"{side}_count") for side in ("real", "generated")
         )

@@ -4,6 +4,7 @@ from lightning_sgm.processes.absorbing import AbsorbingProcess, CosineSquared, G
 from lightning_sgm.processes.chains import Chain, DDPMChain, SMLDChain
 from lightning_sgm.processes.gaussian import CLEAN, EDM, VE, VP, Cosine, Flow, GaussianProcess, Level, SubVP
 from lightning_sgm.processes.graph import GraphProcess
+from lightning_sgm.processes.residual import ResShift
 
 __all__ = [
     "CLEAN",
@@ -21,6 +22,7 @@ __all__ = [
     "GraphProcess",
     "Level",
     "Loglinear",
+    "ResShift",
     "SMLDChain",
     "Schedule",
     "SubVP",

@@ -74,7 +74,7 @@ class DDPMChain(Chain):
         # B = -ln(alpha^2) at t = 0, 1/N, ..., 1, and its slope there per step, both (N + 1,).
         lost = -torch.log1p(-self.betas)
         total = torch.cat([torch.zeros(1, dtype=torch.float64), lost.cumsum(0)])
-        self._tables = {total.device: (total, _slopes(lost))}
+        self._total = MonotoneCubic(total)
 
     @property
     def betas(self) -> Tensor:
@@ -82,17 +82,8 @@ class DDPMChain(Chain):
         return torch.linspace(self.beta_min, self.beta_max, self.steps, dtype=torch.float64) / self.steps
 
     def integral(self, t: Tensor) -> Tensor:
-        """B(t) = -ln(alpha^2), a monotone cubic through the chain's own values (Fritsch and Carlson 1980)."""
-        if t.device not in self._tables:
-            total, slope = self._tables[torch.device("cpu")]
-            self._tables[t.device] = (total.to(t.device), slope.to(t.device))
-        total, slope = self._tables[t.device]
-        place = t * self.steps
-        cell = place.detach().long().clamp(0, self.steps - 1)
-        u = place - cell
-        rise, left, right = total[cell + 1] - total[cell], slope[cell], slope[cell + 1]
-        curve = u * (left + u * (3.0 * rise - 2.0 * left - right + u * (left + right - 2.0 * rise)))
-        return total[cell] + curve
+        """B(t) = -ln(alpha^2), a monotone cubic through the chain's own values."""
+        return self._total(t)
 
     def alpha(self, t: Tensor) -> Tensor:
         """exp(-B / 2), the square root of the product of 1 - beta."""
@@ -159,6 +150,36 @@ def as_chain(process: GaussianProcess, user: str) -> Chain:
             f"VP) or SMLDChain (the discrete VE); sub-VP has no discrete form, train it in continuous time"
         )
     return process
+
+
+class MonotoneCubic:
+    """A curve through N + 1 values that never fall, at t = 0, 1/N, ..., 1, smooth and never falling itself.
+
+    Args:
+        values: (N + 1,) float64, on the CPU. (Fritsch and Carlson 1980.)
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._tables = {values.device: (values, _slopes(values.diff()))}
+
+    @property
+    def values(self) -> Tensor:
+        """What it goes through, on the CPU."""
+        return self._tables[torch.device("cpu")][0]
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """At times in [0, 1], like ``t``."""
+        if t.device not in self._tables:
+            values, slope = self._tables[torch.device("cpu")]
+            self._tables[t.device] = (values.to(t.device), slope.to(t.device))
+        values, slope = self._tables[t.device]
+        cells = len(values) - 1
+        place = t * cells
+        cell = place.detach().long().clamp(0, cells - 1)
+        u = place - cell
+        rise, left, right = values[cell + 1] - values[cell], slope[cell], slope[cell + 1]
+        curve = u * (left + u * (3.0 * rise - 2.0 * left - right + u * (left + right - 2.0 * rise)))
+        return values[cell] + curve
 
 
 def _slopes(rises: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from lightning_sgm.samplers.hooks import AnnealedLangevin, Clamp, Hook, Langevin
 from lightning_sgm.samplers.known import Replacement
 from lightning_sgm.samplers.loop import Sampler
 from lightning_sgm.samplers.ode import ODESampler, slerp
+from lightning_sgm.samplers.residual import TrailingChain, invert
 from lightning_sgm.samplers.rules import (
     Ancestral,
     DPMpp2M,
@@ -43,7 +44,9 @@ __all__ = [
     "Rule",
     "Sampler",
     "Stay",
+    "TrailingChain",
     "UniformTime",
     "UnmaskingSampler",
+    "invert",
     "slerp",
 ]

@@ -68,6 +68,24 @@ def test_validation_is_shown_counts_for_the_time_left_but_not_for_the_speed(
     assert re.search(r"step 16/16 .* val/loss \S+  1 it/s  elapsed 0:01:20  ETA 0:00:00", output[-1])
 
 
+class Judged(Tiny):
+    """Its validations have numbers of samples too."""
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("val/samples/mmd_emd/degree", 3.0)
+        self.log("val/samples/evaluations", 4.0)
+
+
+def test_numbers_of_samples_stay_in_the_logs(tmp_path: Path, capsys: Any):
+    training = run(tmp_path, Progress(), max_steps=4, limit_val_batches=1.0, val_check_interval=4)
+    training.fit(module(Judged), Data())
+    (line,) = lines(capsys)
+    assert re.search(r"loss \S+  val/loss \S+  \S+ it/s", line)
+    assert "samples" not in line
+    assert float(training.callback_metrics["val/samples/mmd_emd/degree"]) == 3.0
+
+
 class Counting(Tiny):
     """Knows how often its loss is read."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,20 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from datamodules import GraphDataModule
 from lightning_sgm.callbacks import EMA, Checkpoints, StepSeeds
 from lightning_sgm.io.checkpoint import read_checkpoint
-from tests.callbacks.tiny import EPOCH, Data, Tiny, TwoOptimizers, Watch, module, trainer
+from lightning_sgm.methods import GDSS
+from lightning_sgm.networks import GraphScore
+from lightning_sgm.samplers import S4, Sampler, UniformTime
+from tests.callbacks.tiny import EPOCH, Data, TwoOptimizers, Watch, module, trainer
 
 STEPS = 21
 
 
-def run(folder: Path, model: Tiny, *extra: pl.Callback, steps: int = STEPS, every: int = 100, **options: Any):
+def run(
+    folder: Path, model: pl.LightningModule, *extra: pl.Callback, steps: int = STEPS, every: int = 100, **options: Any
+):
     options = {"val_check_interval": 3, **options}
     options["max_steps"] = steps * (2 if isinstance(model, TwoOptimizers) else 1)
     callbacks = [StepSeeds(), EMA(decay=0.9), *extra, Checkpoints(every=every, folder=str(folder))]
@@ -160,6 +167,38 @@ def test_two_optimisers_resume_exactly(tmp_path: Path, straight: dict[str, Any],
     model = module(TwoOptimizers, seed=1)
     run(tmp_path, model).fit(model, Data(), ckpt_path=str(tmp_path / "last.ckpt"))
     assert differences(straight["two"], final(tmp_path)) == []
+
+
+def graphs() -> GDSS:
+    """A method with a learning rate that falls, for 70 graphs in 4 batches an epoch."""
+    torch.manual_seed(0)
+
+    def network(spec: dict[str, Any]) -> GraphScore:
+        return GraphScore(spec, depth=2, width=8, layers=2, attention_width=8, channels=(2, 3, 2))
+
+    sampler = Sampler(S4(), 2, UniformTime(1e-4))
+    return GDSS(network, GraphDataModule().spec, decay=0.5, sampler=sampler)
+
+
+@pytest.mark.parametrize("decay", [0.5, "cosine"])
+@pytest.mark.parametrize(("how", "at"), [("signal", 3), ("signal", 4), ("error", 7)])
+def test_graphs_resume_exactly_while_the_learning_rate_falls(tmp_path: Path, how: str, at: int, decay: Any):
+    """What the schedule has to know of the run's length must not set up the data before its place is known."""
+    ends = []
+    for folder, interruption in ((tmp_path / "straight", []), (tmp_path / "resumed", [Interrupt(how, at)])):
+        model = graphs()
+        model.decay = decay
+        training: Any = run(folder, model, *interruption, steps=10, gradient_clip_val=1.0, max_epochs=3)
+        with pytest.raises(RuntimeError if how == "error" else SIGTERMException) if interruption else nullcontext():
+            training.fit(model, GraphDataModule(batch_size=16))
+        if interruption:
+            model = graphs()
+            model.decay = decay
+            training = run(folder, model, steps=10, gradient_clip_val=1.0, max_epochs=3)
+            training.fit(model, GraphDataModule(batch_size=16), ckpt_path=str(folder / "last.ckpt"))
+        ends.append(final(folder))
+    assert ends[0]["global_step"] == 10
+    assert differences(ends[0], ends[1]) == []
 
 
 def test_without_step_seeds_it_would_not_be_exact(tmp_path: Path, straight: dict[str, Any]):

@@ -11,7 +11,7 @@ from datamodules.base import SPLITS
 from datamodules.graphs import GraphDataModule
 from tests.conftest import SHARED
 
-SETS = ("community", "ego", "grid")
+SETS = ("community", "ego", "grid", "small_grid")
 FILES = {"community_small": (20, 10), "ego_small": (17, 17), "enzymes": (125, 10), "grid": (361, 5)}
 
 
@@ -160,18 +160,20 @@ def test_communities_are_all_different():
     assert len(kinds) > 0.9 * len(large)
 
 
-def test_grids_are_the_lattices():
-    data = GraphDataModule("grid")
+@pytest.mark.parametrize(("name", "low", "high"), [("grid", 10, 19), ("small_grid", 4, 9)])
+def test_grids_are_the_lattices(name, low, high):
+    span = range(low, high + 1)
+    data = GraphDataModule(name, graphs=len(span) ** 2)
     sides = []
     for split in SPLITS:
         for graph in networks(data, split):
             n, m = len(graph), graph.number_of_edges()
             # a b = n and 2 a b - a - b = m
-            (pair,) = [(a, n // a) for a in range(10, 20) if n % a == 0 and a <= n // a and a + n // a == 2 * n - m]
+            (pair,) = [(a, n // a) for a in span if n % a == 0 and a <= n // a and a + n // a == 2 * n - m]
             sides.append(pair)
             if len(sides) % 9 == 0:
                 assert nx.is_isomorphic(graph, nx.grid_2d_graph(*pair))
-    assert sorted(sides) == sorted(tuple(sorted((a, b))) for a in range(10, 20) for b in range(10, 20))
+    assert sorted(sides) == sorted(tuple(sorted((a, b))) for a in span for b in span)
 
 
 def test_egos_have_a_center():
@@ -227,7 +229,7 @@ def test_loaders_and_examples():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dataset": "planar"}, "no dataset 'planar': choose one of community, ego, grid, or give a path"),
+        ({"dataset": "planar"}, "no dataset 'planar': choose one of community, ego, grid, small_grid, or give a path"),
         ({"graphs": 0}, "graphs must be at least 1"),
         ({"graphs": 2}, "community has 2 graphs, and train would have none"),
         ({"features": 0}, "features must be at least 1"),

@@ -86,6 +86,9 @@ def test_the_specification_counts_the_training_molecules(grown):
     assert spec["node_counts"] == torch.bincount(nodes, minlength=10).tolist()
     assert spec["edge_mean"] == pytest.approx(float(entries.mean()), rel=1e-12)
     assert spec["edge_std"] == pytest.approx(float(entries.std(correction=0)), rel=1e-12)
+    types = batch["x"][mask].double()
+    assert spec["feature_mean"] == pytest.approx(types.mean(0).tolist(), rel=1e-12)
+    assert spec["feature_std"] == pytest.approx(types.std(0, correction=0).tolist(), rel=1e-12)
 
 
 def test_loaders_and_examples_work(grown):

@@ -149,7 +149,10 @@ def test_nothing_to_compare_is_told(data):
     feed(metric, data, "val", 2, real=True)
     x = torch.zeros(2, 3, 4)
     metric.update(x, torch.zeros(2, 3, 3), torch.ones(2, 3, dtype=torch.bool), real=False)
-    with pytest.raises(ValueError, match="no generated molecule"):
+    with pytest.warns(UserWarning, match="0 of the samples are molecules"):
+        assert torch.isnan(metric.compute()["nspdk"])
+    metric.reset()
+    with pytest.raises(ValueError, match="real molecules, got 0"):
         metric.compute()
 
 

@@ -28,6 +28,7 @@ _MOLECULE_SAMPLERS = {
     ("ZINC250k", "gcn"): (0.2, 0.9),
     ("ZINC250k", "attention"): (0.2, 0.8),
 }
+_MOLECULES = (0.2, 0.7)  # of other sets
 _PROCESSES = {"VP": ("VP", "beta"), "subVP": ("SubVP", "beta"), "VE": ("VE", "sigma")}
 
 
@@ -61,7 +62,8 @@ def import_gdss(path: Path, model: str | None = None) -> Imported:
     try:
         section, approximate = _section(found)
         spec, arguments = section["init_args"]["spec"], section["init_args"]["network"]["init_args"]
-        average = bool(found.averaged) and bool(found.settings["sample"]["use_ema"])
+        # Files of molecules say nothing about sampling; their configurations for it have use_ema false.
+        average = bool(found.averaged) and bool(found.settings.get("sample", {}).get("use_ema", False))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not {_KIND} or is damaged: its settings lack {error}") from error
     network = GraphScore(spec, **arguments)
@@ -90,12 +92,15 @@ def _pth(path: Path) -> _Found:
     states = {part: _plain(held[f"{part}_state_dict"]) for part in _PARTS}
     averaged, updates = {}, 0
     if "ema_x" in held:
-        for part in _PARTS:
-            shadow = held[f"ema_{part}"]["shadow_params"]
+        try:
+            shadows = {part: list(held[f"ema_{part}"]["shadow_params"]) for part in _PARTS}
+            updates = int(held["ema_adj"]["num_updates"] or 0)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not {_KIND} or is damaged: its averages lack {error}") from error
+        for part, shadow in shadows.items():
             if [tensor.shape for tensor in shadow] != [tensor.shape for tensor in states[part].values()]:
                 raise ValueError(f"{path} is damaged: the average of {part} has other shapes than its weights")
             averaged[part] = dict(zip(states[part], shadow, strict=True))
-        updates = int(held["ema_adj"]["num_updates"] or 0)
     arguments = {part: dict(held[f"params_{part}"]) for part in _PARTS}
     return _Found(dict(held["model_config"]), arguments, _joined(states), _joined(averaged), updates)
 
@@ -130,7 +135,7 @@ def _section(found: _Found) -> tuple[dict[str, Any], bool]:
     settings, network = found.settings, _network(found.arguments)
     data, train = settings["data"], settings["train"]
     counts, approximate = node_counts(data["data"], int(data["max_node_num"]))
-    atoms = _ATOMS.get(int(data["max_feat_num"])) if data["init"] == "atom" else None
+    atoms = _atoms(data) if data["init"] == "atom" else None
     spec = {
         "kind": "graph" if atoms is None else "molecule",
         "nodes": int(data["max_node_num"]),
@@ -157,6 +162,17 @@ def _section(found: _Found) -> tuple[dict[str, Any], bool]:
         "decay": float(train["lr_decay"]) if train["lr_schedule"] else "constant",
     }
     return {"class_path": "GDSS", "init_args": arguments}, approximate
+
+
+def _atoms(data: dict[str, Any]) -> list[str]:
+    """Elements of the channels, which the files do not name."""
+    count = int(data["max_feat_num"])
+    if count not in _ATOMS:
+        raise ValueError(
+            f"molecules of {data['data']} have {count} types of atoms, and the file does not say which: only those of "
+            "QM9 (4) and ZINC250k (9) are known"
+        )
+    return _ATOMS[count]
 
 
 def _network(arguments: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -203,7 +219,7 @@ def _sampler(settings: dict[str, Any], nodes: str) -> dict[str, Any]:
         snr, noise_scale = float(given["snr"]), float(given["scale_eps"])
     else:
         predictor, corrector = "Reverse", "Langevin"
-        snr, noise_scale = _MOLECULE_SAMPLERS[settings["data"]["data"], nodes]
+        snr, noise_scale = _MOLECULE_SAMPLERS.get((settings["data"]["data"], nodes), _MOLECULES)
     langevin = {"class_path": "Langevin", "init_args": {"snr": snr, "noise_scale": noise_scale}}
     rule: Any = {"Euler": "EulerMaruyama", "Reverse": "ReverseDiffusion", "S4": "S4"}[predictor]
     before = [langevin] if corrector == "Langevin" and rule != "S4" else []

@@ -1,0 +1,235 @@
+"""How alike images look, and how good: by networks whose weights come from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_sgm.metrics.base import DoubleMetric
+from lightning_sgm.metrics.restoration import check_pair, unit
+
+_WEIGHTS = "weights/vST0.0/alex_shift_tolerant.pth"  # in the package stlpips_pytorch
+_LEAST = 32  # side of the images of a distance
+
+
+class _Mean(DoubleMetric):
+    """Mean over images of what a network says; the network is frozen, in float32, and in no checkpoint."""
+
+    inputs: tuple[str, ...] = ("x", "truth")
+    paired = True
+    floor = False
+    higher_is_better: bool | None = False
+    total: Tensor
+    images: Tensor
+
+    def __init__(self, name: str, network: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        # Inside a list: the weights belong neither into checkpoints nor into another precision.
+        self._network = [network.requires_grad_(False).eval()]
+        self.add_sum("total")
+        self.add_sum("images")
+
+    @torch.no_grad()
+    def _judge(self, *images: Tensor) -> None:
+        """Add what the network says of images."""
+        network = self._network[0].to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            values = network(*images).double().flatten()
+        if len(values) != len(images[0]):
+            raise ValueError(f"{self.name} gave {len(values)} values for {len(images[0])} images")
+        self.add("total", values.sum())
+        self.add("images", float(len(values)))
+
+    def compute(self) -> Tensor:
+        """The mean, a float64 scalar.
+
+        Raises:
+            ValueError: there was no image.
+        """
+        if not self.images:
+            raise ValueError(f"{self.name} has seen no image")
+        return self.total / self.images
+
+
+class _Distance(_Mean):
+    """Distance of restored images from the true ones, for a network of two images in [-1, 1]."""
+
+    def update(self, x: Tensor, truth: Tensor, real: bool = False) -> None:
+        """Add images.
+
+        Args:
+            x: (B, 1 or 3, H, W) restored, in [-1, 1]; rounded to 8 bits, as files would hold them.
+            truth: like x.
+            real: has no effect, a pair is always a sample and its truth.
+
+        Raises:
+            ValueError: other shapes, or sides below 32 pixels.
+        """
+        check_pair(x, truth)
+        if min(x.shape[-2:]) < _LEAST:
+            raise ValueError(f"{self.name} needs images of at least {_LEAST} x {_LEAST} pixels, got {x.shape[-2:]}")
+        self._judge(*(_colors(side) * 2 - 1 for side in (x, truth)))
+
+
+class STLPIPS(_Distance):
+    """Shift-tolerant LPIPS on AlexNet (Ghildyal and Liu 2022, 2207.13686); 0 is best. It is not LPIPS.
+
+    The weights come with the package stlpips-pytorch, whose file is read and whose code is not run. On bicubic x4 it
+    prefers blocky nearest-neighbour images to smooth ones: report it beside PSNR.
+
+    Raises:
+        ValueError: stlpips-pytorch is not installed, or its file is another one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("st_lpips", _ShiftTolerant(_read_weights()))
+
+
+class LPIPS(_Distance):
+    """LPIPS (Zhang et al. 2018, 1801.03924) by torchmetrics; 0 is best. Values of "alex" and "vgg" do not compare.
+
+    Args:
+        net: network whose features are compared; torchvision downloads its weights.
+
+    Raises:
+        ValueError: the weights are not there and cannot be downloaded.
+    """
+
+    def __init__(self, net: Literal["alex", "vgg"] = "alex") -> None:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        try:
+            network = LearnedPerceptualImagePatchSimilarity(net_type=net).net
+        except (URLError, OSError) as error:
+            raise ValueError(
+                f"LPIPS needs torchvision's ImageNet weights of {net}, which are not in {torch.hub.get_dir()} and "
+                f"could not be downloaded: connect to the internet once, or use STLPIPS"
+            ) from error
+        super().__init__("lpips" if net == "alex" else f"lpips_{net}", network)
+
+
+class NoReference(_Mean):
+    """Quality of images without a truth, by the package pyiqa, which downloads its weights.
+
+    Args:
+        measure: "niqe" (lower is better), "clipiqa" or "musiq" (higher is better).
+
+    Raises:
+        ValueError: pyiqa is not installed or has no weights.
+    """
+
+    inputs = ("x",)
+    paired = False
+    higher_is_better = None
+
+    def __init__(self, measure: Literal["niqe", "clipiqa", "musiq"] = "clipiqa") -> None:
+        try:
+            network = import_module("pyiqa").create_metric(measure)
+        except ImportError as error:
+            raise ValueError(f"{measure} needs pyiqa: pip install 'lightning_sgm[quality]'") from error
+        except OSError as error:
+            raise ValueError(f"pyiqa could not download the weights of {measure}: connect once: {error}") from error
+        super().__init__(measure, network)
+
+    def update(self, x: Tensor, real: bool = False) -> None:
+        """Add samples.
+
+        Args:
+            x: (B, 1 or 3, H, W) in [-1, 1]; rounded to 8 bits, as files would hold them.
+            real: whether they are data, which are passed over.
+        """
+        if not real:
+            self._judge(_colors(x))
+
+
+def _colors(x: Tensor) -> Tensor:
+    """Images (B, 1 or 3, H, W) in [-1, 1] as (B, 3, H, W) float32 in [0, 1], rounded to 8 bits."""
+    return unit(x, rounded=True).float().expand(-1, 3, -1, -1)
+
+
+class _Blur(nn.Module):
+    """Every channel filtered by [1, 2, 1] both ways, two pixels reflected at each border, every other pixel kept."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        row = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("filt", torch.outer(row, row).expand(channels, 1, 3, 3).clone())
+        self.filt: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(
+            functional.pad(x, (2, 2, 2, 2), mode="reflect"), self.filt, stride=2, groups=len(self.filt)
+        )
+
+
+class _ShiftTolerant(nn.Module):
+    """AlexNet with blurs for strides, and the weights of its five features' squared differences.
+
+    Args:
+        state: the released weights.
+    """
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__()
+
+        def pool(channels: int) -> list[nn.Module]:
+            return [nn.MaxPool2d(3, stride=1), _Blur(channels)]
+
+        self.stages = nn.ModuleList(
+            nn.Sequential(*layers, nn.ReLU())
+            for layers in (
+                [nn.Conv2d(3, 64, 11, padding=2), _Blur(64)],
+                [*pool(64), nn.Conv2d(64, 192, 5, padding=2)],
+                [*pool(192), nn.Conv2d(192, 384, 3, padding=1)],
+                [nn.Conv2d(384, 256, 3, padding=1)],
+                [nn.Conv2d(256, 256, 3, padding=1)],
+            )
+        )
+        self.register_buffer("shift", torch.zeros(1, 3, 1, 1))
+        self.register_buffer("scale", torch.ones(1, 3, 1, 1))
+        self.weights = nn.ParameterList(torch.zeros(channels) for channels in (64, 192, 384, 256, 256))
+        self._load(state)
+
+    def _load(self, state: dict[str, Tensor]) -> None:
+        """Take the released tensors, which have other names."""
+        trunk = {name: value for name, value in state.items() if name.startswith("net.")}
+        own = list(self.stages.state_dict())
+        if len(own) != len(trunk):
+            raise ValueError(
+                f"the file {_WEIGHTS} of stlpips-pytorch has {len(trunk)} tensors of AlexNet, not {len(own)}"
+            )
+        self.stages.load_state_dict(dict(zip(own, trunk.values(), strict=True)))  # both in the order of the layers
+        for place, weight in enumerate(self.weights):
+            weight.data.copy_(state[f"lin{place}.model.1.weight"].flatten())
+        self.shift, self.scale = state["scaling_layer.shift"], state["scaling_layer.scale"]
+
+    def _features(self, x: Tensor) -> Iterator[Tensor]:
+        """Five features (B, C, h, w), their channels of length 1 at every pixel."""
+        x = (x - self.shift) / self.scale
+        for stage in self.stages:
+            x = stage(x)
+            yield functional.normalize(x, dim=1, eps=1e-10)
+
+    def forward(self, x: Tensor, truth: Tensor) -> Tensor:
+        """(B,) distances of images in [-1, 1]."""
+        pairs = zip(self._features(x), self._features(truth), self.weights, strict=True)
+        return torch.stack(
+            [torch.einsum("bchw,c->bhw", (one - other).square(), w).mean((1, 2)) for one, other, w in pairs]
+        ).sum(0)
+
+
+def _read_weights() -> dict[str, Any]:
+    """The released tensors of the installed package."""
+    spec = find_spec("stlpips_pytorch")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("STLPIPS needs the weights in stlpips-pytorch: pip install 'lightning_sgm[restoration]'")
+    return torch.load(Path(spec.submodule_search_locations[0]) / _WEIGHTS, map_location="cpu", weights_only=True)
