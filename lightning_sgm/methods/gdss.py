@@ -19,6 +19,7 @@ from lightning_sgm.methods.base import Batch, Curve, GenerativeModule
 from lightning_sgm.methods.denormals import flushed, without_denormals
 from lightning_sgm.methods.graph_pictures import loss_curves, reverse_strips
 from lightning_sgm.methods.learning_rate import Decay
+from lightning_sgm.metrics.graphs import describe
 from lightning_sgm.networks.base import Network, Spec, build
 from lightning_sgm.objectives.joint import JointObjective
 from lightning_sgm.processes.gaussian import as_time
@@ -31,6 +32,7 @@ from lightning_sgm.samplers.splitting import S4
 
 Start = Literal["standard", "matched"]
 _COMPONENTS = ("x", "adj")
+_ATTEMPTS = 20
 _KEPT = 0.1  # share of the data's amplitude at t = 1 above which N(0, 1) is visibly another law
 
 
@@ -51,6 +53,8 @@ class GDSS(GenerativeModule):
         start: where sampling starts. "standard": N(0, 1), as the paper does whatever the process; "matched": a normal
             law with the mean and variance that data have at t = 1, from the statistics in ``spec``.
         nodes: number of nodes of all samples; None: drawn from those of the training graphs.
+        connected: draw a sample again, with other noise and as many nodes, until it is in one piece (20 times at
+            most): the model's law given that. The mean number of evaluations tells what it costs.
         spec, optimizer, warmup, decay, exact, drop, metrics, test_samples, val_samples: see :class:`GenerativeModule`;
             Adam at 0.01 with the paper's L2 decay of 1e-4, and 0.999 per epoch. ``trainer.gradient_clip_val`` holds for
             each of the two networks.
@@ -69,6 +73,7 @@ class GDSS(GenerativeModule):
         ),
         start: Start = "standard",
         nodes: int | None = None,
+        connected: bool = False,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-2, weight_decay=1e-4),
         warmup: int = 0,
         decay: Decay = 0.999,
@@ -108,7 +113,8 @@ class GDSS(GenerativeModule):
         preconditioning = {"x": x_preconditioning, "adj": adj_preconditioning}
         self.denoiser = JointDenoiser(self.network, process, preconditioning)
         self.start: Start = start
-        self.nodes = nodes
+        self.nodes, self.connected = nodes, connected
+        self._evaluations = 0.0
         self._flushed = False
 
     def on_fit_start(self) -> None:
@@ -159,13 +165,38 @@ class GDSS(GenerativeModule):
         node_mask = conditions.get("node_mask")
         if node_mask is None:
             node_mask = self.draw_node_mask(indices)
-        width = int(node_mask.sum(1).max())  # waits for the device, once for all steps
-        state = self.run(indices, node_mask[:, :width])
-        return self.whole(state, node_mask)
+        found = self._attempt(indices, node_mask, 0)
+        spent = self.sampler.evaluations * len(indices)
+        for attempt in range(1, _ATTEMPTS if self.connected else 1):
+            pieces = describe(found["adj"], node_mask, ())["connected"][:, 0] == 0
+            again = pieces.nonzero()[:, 0]
+            if not len(again):
+                break
+            drawn = self._attempt(indices[again], node_mask[again], attempt)
+            found = {name: value.index_copy(0, again, drawn[name]) for name, value in found.items()}
+            spent += self.sampler.evaluations * len(again)
+        self._evaluations = spent / max(1, len(indices))
+        return found
 
-    def run(self, indices: Tensor, node_mask: Tensor, on_step: Callable[[int, Any, Any], None] | None = None) -> Graph:
+    @property
+    def sampler_evaluations(self) -> float:
+        """Network evaluations per sample in the latest call of :meth:`sample`, all attempts included."""
+        return self._evaluations
+
+    def _attempt(self, indices: Tensor, node_mask: Tensor, attempt: int) -> Batch:
+        width = int(node_mask.sum(1).max())  # waits for the device, once for all steps
+        return self.whole(self.run(indices, node_mask[:, :width], attempt=attempt), node_mask)
+
+    def run(
+        self,
+        indices: Tensor,
+        node_mask: Tensor,
+        on_step: Callable[[int, Any, Any], None] | None = None,
+        attempt: int = 0,
+    ) -> Graph:
         """The state at the end of the reverse process of samples with ``node_mask`` (n, N), not yet whole."""
         draw = self.sample_draw(indices)
+        draw = draw.fork(attempt) if attempt else draw
         batch, width = node_mask.shape
         empty = {
             "x": torch.zeros(batch, width, self.spec["features"], device=self.device),

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def feed(metric: Metric, batch: Batch, real: bool) -> None:
-    """Give a metric the entries of the batch that it reads (its ``inputs``, "x" by default)."""
+    """Give a metric the entries of the batch that it reads (its ``inputs``, "x" by default).
+
+    A ``paired`` metric compares each sample with its own "truth" and has no use for other real data.
+    """
+    if real and getattr(metric, "paired", False):
+        return
     metric.update(**{name: batch[name] for name in getattr(metric, "inputs", ("x",))}, real=real)
 
 

@@ -21,6 +21,7 @@ from lightning_sgm.methods import GDSS
 from lightning_sgm.methods.base import Curve
 from lightning_sgm.methods.denormals import flushed, without_denormals
 from lightning_sgm.metrics import GraphMMD
+from lightning_sgm.metrics.graphs import describe
 from lightning_sgm.networks import GraphScore
 from lightning_sgm.processes import VE, VP, GraphProcess
 from lightning_sgm.random import Draw
@@ -404,3 +405,30 @@ def test_the_released_community_model_samples_and_is_tested(tmp_path: Path):
     assert set(nodes.tolist()) <= {12, 14, 16, 18, 20}
     share = np.asarray(edges / (nodes * (nodes - 1) / 2))
     assert 0.1 < share.mean() < 0.6  # of the data: some 0.35
+
+
+class Sparse:
+    """In place of a sampler: one edge in ten, by the start's noise."""
+
+    steps, evaluations = 1, 7
+
+    def __call__(self, denoiser: Any, shape: Any, draw: Draw, *, start: Any, **more: Any) -> Any:
+        return {"x": start["x"], "adj": start["adj"] - 0.8}
+
+
+def test_connected_samples_are_those_of_the_model_where_they_are_in_one_piece(data: GraphDataModule):
+    """Only samples in pieces are drawn again, with noise of their own; the others are what they were."""
+    module = model(data.spec)
+    module.sampler = Sparse()  # type: ignore[assignment]
+    first = module.generate(24)
+    assert module.sampler_evaluations == 7
+    whole = describe(first["adj"], first["node_mask"], ())["connected"][:, 0] == 1
+    assert 0 < whole.sum() < 24
+    module.connected = True
+    again = module.generate(24)
+    assert torch.equal(again["adj"][whole], first["adj"][whole])
+    assert torch.equal(again["node_mask"], first["node_mask"])
+    assert describe(again["adj"], again["node_mask"], ())["connected"].all()
+    assert module.sampler_evaluations > 7
+    alone = module.generate(3)
+    assert torch.equal(alone["adj"], again["adj"][:3])
