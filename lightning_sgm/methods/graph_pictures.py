@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_sgm.methods.gdss import GDSS
 
 _STRIPS, _FRAMES, _TIMES, _EXAMPLES = 3, 8, 24, 64
+_STILL = 0.05  # sigma / alpha
 
 
 def reverse_strips(module: GDSS) -> Batch:
@@ -23,8 +24,10 @@ def reverse_strips(module: GDSS) -> Batch:
     """
     indices = torch.arange(_STRIPS, device=module.device)
     node_mask = module.draw_node_mask(indices)
-    steps = module.sampler.steps
-    chosen = set(torch.linspace(0, steps - 1, min(_FRAMES, steps)).round().long().tolist())
+    # Below some noise nothing moves any more, and some grids end with many such steps.
+    levels: list[Any] = module.sampler.levels(module.process)[1:]
+    moving = max(1, sum(float(level["adj"].ratio) > _STILL for level in levels[:-1]))
+    chosen = {len(levels) - 1, *torch.linspace(0, moving - 1, min(_FRAMES - 1, moving)).round().long().tolist()}
     frames: list[Tensor] = []
     times: list[float] = []
 

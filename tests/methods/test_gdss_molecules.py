@@ -92,7 +92,7 @@ def test_what_a_state_becomes(make, monkeypatch):
     x = torch.tensor(
         [[0.6, 0.9, 0.0, 0.0], [0.7, 0.2, 0.7, 0.0], [0.5, 0.5, 0.5, 0.5], [-1.0, 0.0, 0.0, 0.51], [0.0] * 4]
     )
-    monkeypatch.setattr(model, "run", lambda indices, node_mask: {"x": x.expand(2, 5, 4), "adj": adj})
+    monkeypatch.setattr(model, "run", lambda *_, **more: {"x": x.expand(2, 5, 4), "adj": adj})
     batch = model.sample(torch.arange(2))
     assert batch["adj"][0, 0, 1:5].tolist() == [0.0, 1.0, 2.0, 3.0]
     assert batch["adj"][1, 0, 1:5].tolist() == [1.0, 2.0, 3.0, 0.0]
@@ -108,11 +108,12 @@ def test_a_matched_start_is_where_the_noisy_data_are(data, make, process):
     model = make(process=GraphProcess(process, process), start="matched", nodes=None)
     starts = {}
 
-    def sampler(denoiser, shape, draw, start, **conditions):
-        starts.update(start)
-        return start
+    class Remembering(Sampler):
+        def __call__(self, *arguments: Any, start: Any, **more: Any) -> Any:  # type: ignore[override]
+            starts.update(start)
+            return start
 
-    model.sampler = sampler
+    model.sampler = Remembering()
     model.sample(torch.arange(20_000))
     batch = data.fetch("train", torch.arange(data.count("train")), None)
     level, draw = process.level(torch.tensor(1.0, dtype=torch.float64)), Draw(5)
