@@ -13,6 +13,8 @@ import pytest
 import torch
 from torchvision.utils import save_image  # type: ignore[import-untyped]
 
+from datamodules import GraphDataModule
+from lightning_sgm.io.graphs import GraphWriter
 from lightning_sgm.testing import check_process, check_rule
 from tests.conftest import ROOT, TINY
 
@@ -42,6 +44,12 @@ def a_users_files(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("To be\nOr not\n", encoding="utf-8")
     (tmp_path / "my.py").write_text(the_python("class Sine"), encoding="utf-8")
     np.save(tmp_path / "my.npy", np.random.default_rng(0).normal(size=(600, 5)))
+    graphs = GraphDataModule(graphs=20)
+    batch = graphs.examples("train", 14)
+    GraphWriter().save(batch, tmp_path / "my")
+    GraphWriter().save_each(batch, tmp_path / "my_graphs")
+    smiles = ["CCO", "CC(=O)N", "c1ccccc1O", "CCCl", "CSC", "NCC#N", "OCC1CC1", "CC(C)F", "C=CC=O", "CCOC", "CN", "CO"]
+    (tmp_path / "my.csv").write_text("smiles\n" + "\n".join(smiles), encoding="utf-8")
     (tmp_path / "my_pictures").mkdir()
     for i in range(80):
         save_image(torch.rand(3, 40, 36), tmp_path / "my_pictures" / f"{i}.png")
@@ -70,6 +78,8 @@ def run_all(cli, text: str) -> None:
         code, _, err = cli(*arguments, *tiny)
         if "fashion_mnist" in command and code:  # needs the network
             assert "fashion_mnist" in err.lower()
+        elif "molecules" in command and code:  # needs the extra
+            assert "rdkit" in err
         else:
             assert code == 0, f"{command}\n{err}"
 
