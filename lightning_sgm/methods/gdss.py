@@ -150,8 +150,9 @@ class GDSS(GenerativeModule):
             return
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError("GDSS clips the norm of each network's gradient: leave out gradient_clip_algorithm")
-        for part in self.network.children():
-            torch.nn.utils.clip_grad_norm_(part.parameters(), float(gradient_clip_val))
+        own = self.network.parameters(recurse=False)  # of a network of yours that is not two
+        for parameters in (own, *(part.parameters() for part in self.network.children())):
+            torch.nn.utils.clip_grad_norm_(parameters, float(gradient_clip_val))
 
     # Sampling.
 
@@ -168,8 +169,7 @@ class GDSS(GenerativeModule):
         found = self._attempt(indices, node_mask, 0)
         spent = self.sampler.evaluations * len(indices)
         for attempt in range(1, _ATTEMPTS if self.connected else 1):
-            pieces = describe(found["adj"], node_mask, ())["connected"][:, 0] == 0
-            again = pieces.nonzero()[:, 0]
+            again = self._in_pieces(found).nonzero()[:, 0]
             if not len(again):
                 break
             drawn = self._attempt(indices[again], node_mask[again], attempt)
@@ -184,8 +184,21 @@ class GDSS(GenerativeModule):
         return self._evaluations
 
     def _attempt(self, indices: Tensor, node_mask: Tensor, attempt: int) -> Batch:
+        if not len(indices):  # the share of a process where there are fewer samples than processes
+            shapes = {"x": (0, 0, self.spec["features"]), "adj": (0, 0, 0)}
+            return self.whole({name: torch.zeros(s, device=self.device) for name, s in shapes.items()}, node_mask)
         width = int(node_mask.sum(1).max())  # waits for the device, once for all steps
         return self.whole(self.run(indices, node_mask[:, :width], attempt=attempt), node_mask)
+
+    def _in_pieces(self, samples: Batch) -> Tensor:
+        """(n,) bool: what is not in one piece. An atom alone is a piece; a node of a plain graph alone is none."""
+        if self.spec["kind"] != "molecule":
+            return describe(samples["adj"], samples["node_mask"], ())["connected"][:, 0] == 0
+        atoms = samples["x"].any(2)
+        adj = masked(samples, atoms)["adj"]
+        alone = atoms & ~adj.any(2)
+        connected = describe(adj, atoms, ())["connected"][:, 0] == 1
+        return ~connected | (alone.any(1) & (atoms.sum(1) > 1)) | ~atoms.any(1)
 
     def run(
         self,

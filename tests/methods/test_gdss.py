@@ -432,3 +432,13 @@ def test_connected_samples_are_those_of_the_model_where_they_are_in_one_piece(da
     assert module.sampler_evaluations > 7
     alone = module.generate(3)
     assert torch.equal(alone["adj"], again["adj"][:3])
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_no_samples_have_the_shapes_of_samples(data: GraphDataModule, connected: bool):
+    """What a process draws where there are fewer samples than processes; metrics take it, too."""
+    found = model(data.spec, connected=connected).sample(torch.arange(0))
+    nodes = data.spec["nodes"]
+    shapes = {"x": (0, nodes, data.spec["features"]), "adj": (0, nodes, nodes), "node_mask": (0, nodes)}
+    assert {name: tuple(value.shape) for name, value in found.items()} == shapes
+    GraphMMD().update(**found, real=False)

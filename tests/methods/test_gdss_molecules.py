@@ -148,3 +148,46 @@ def test_norms_of_the_batch_make_a_molecule_depend_on_it(data):
 
     torch.testing.assert_close(drawn("sample", [3]), drawn("sample", [0, 3, 8]))
     assert (drawn("batch", [3]) - drawn("batch", [0, 3, 8])).abs().max() > 1e-3
+
+
+class Molecules:
+    """In place of a sampler: given molecules (n, 5), the rest of the atoms outside."""
+
+    evaluations = 1
+
+    def __init__(self, x: torch.Tensor, adj: torch.Tensor) -> None:
+        self.state = {"x": x, "adj": adj}
+        self.calls = 0
+
+    def __call__(self, denoiser: Any, shape: Any, draw: Draw, *, start: Any, **more: Any) -> Any:
+        self.calls += 1
+        return {name: value[: len(start["x"])] for name, value in self.state.items()}
+
+
+@pytest.mark.parametrize(
+    ("atoms", "bonds", "whole"),
+    [
+        ([0, 2, 1], [(0, 1), (1, 2)], True),
+        ([0], [], True),
+        ([0, 2, 1, 0], [(0, 1), (2, 3)], False),
+        ([0, 2, 1], [(0, 1)], False),  # an atom alone is a piece
+        ([0, 2], [], False),
+        ([0, None, 1], [(0, 1), (1, 2)], False),  # what held the two is no atom
+        ([0, 2, None], [(0, 1), (1, 2)], True),
+        ([None, None], [(0, 1)], False),  # nothing is no molecule
+    ],
+)
+def test_connected_molecules_are_in_one_piece(make, atoms: list[int | None], bonds: list[tuple[int, int]], whole: bool):
+    """As ``decode`` counts pieces, by rdkit."""
+    x, adj = torch.zeros(1, 5, 4), torch.zeros(1, 5, 5)
+    for i, atom in enumerate(atoms):
+        if atom is not None:
+            x[0, i, atom] = 1.0
+    for i, j in bonds:
+        adj[0, i, j] = adj[0, j, i] = 1.0
+    model = make(connected=True)
+    model.sampler = sampler = Molecules(x, adj)
+    found = model.sample(torch.arange(1))
+    assert (sampler.calls == 1) is whole
+    (molecule,) = decode(found["x"], found["adj"], found["node_mask"], model.spec["atoms"])
+    assert (molecule.fragments == 1) is whole
