@@ -150,9 +150,10 @@ class GDSS(GenerativeModule):
             return
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError("GDSS clips the norm of each network's gradient: leave out gradient_clip_algorithm")
-        own = self.network.parameters(recurse=False)  # of a network of yours that is not two
-        for parameters in (own, *(part.parameters() for part in self.network.children())):
-            torch.nn.utils.clip_grad_norm_(parameters, float(gradient_clip_val))
+        own = self.network.parameters(recurse=False)  # a network of yours may have parameters in no part
+        for parameters in map(list, (own, *(part.parameters() for part in self.network.children()))):
+            if parameters:
+                torch.nn.utils.clip_grad_norm_(parameters, float(gradient_clip_val))
 
     # Sampling.
 

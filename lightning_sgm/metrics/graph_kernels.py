@@ -99,8 +99,8 @@ def bootstrap_weights(repeats: int, count: int, seed: int) -> Tensor:
         (repeats, count) float64; rows sum to 1.
     """
     drawn = Draw(seed).integers(count, (repeats, count))
-    shares = torch.zeros(repeats, count, dtype=torch.float64)
-    return shares.scatter_add_(1, drawn, torch.full((1, 1), 1.0 / count, dtype=torch.float64).expand(repeats, count))
+    drawn_times = torch.zeros(repeats, count, dtype=torch.float64)
+    return drawn_times.scatter_add_(1, drawn, torch.ones_like(drawn_times)) / count
 
 
 def _kernel_sums(a: Tensor, b: Tensor, p: float, weights: Tensor) -> Tensor:

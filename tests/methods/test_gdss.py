@@ -244,6 +244,14 @@ def test_each_network_is_clipped_on_its_own(data: GraphDataModule):
         gdss.configure_gradient_clipping(None, 1.0, "value")
 
 
+def test_parameters_in_no_part_are_clipped_too(data: GraphDataModule):
+    gdss: Any = model(data.spec)
+    gdss.network.own = torch.nn.Parameter(torch.zeros(4))
+    gdss.network.own.grad = torch.full((4,), 10.0)
+    gdss.configure_gradient_clipping(None, 1.0, "norm")
+    assert gdss.network.own.grad.norm() == pytest.approx(1.0, rel=1e-4)
+
+
 def test_the_trainer_clips_by_network(data: GraphDataModule, tmp_path: Path):
     norms: list[list[float]] = []
 
