@@ -180,12 +180,29 @@ class Denoiser(BaseDenoiser):
         from_x, from_output = answer_scales(quantity, self.preconditioning, level, self.process)
         return match(from_x, x) * x + match(from_output, x) * output
 
+    def features(self, x: Tensor, t: Time, **conditions: Tensor) -> list[Tensor]:
+        """What the network's layers make of x: its own ``features``, for discriminators.
+
+        Raises:
+            AttributeError: the network has none.
+        """
+        level = self.process.level(as_time(t, x.device))
+        scaled, label, conditions = self._inputs(x, level, conditions)
+        return self.network.features(scaled, label, **conditions)  # type: ignore[operator]
+
     def _output(self, x: Tensor, level: Level, conditions: dict[str, Tensor]) -> Tensor:
         """What the network says about a state (B, *), of its dtype."""
+        scaled, label, conditions = self._inputs(x, level, conditions)
+        return self.network(scaled, label, **conditions).to(x.dtype)
+
+    def _inputs(
+        self, x: Tensor, level: Level, conditions: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What the network is shown: scaled state, label (B,) and conditions."""
         c_in, _, _ = self.preconditioning.scales(level)
         label = self.preconditioning.label(level, self.process)
         label = label.to(torch.promote_types(x.dtype, torch.float32)).expand(len(x))
-        return self.network(match(c_in, x) * x, label, **conditions).to(x.dtype)
+        return match(c_in, x) * x, label, conditions
 
 
 def answer_scales(

@@ -84,13 +84,18 @@ class ResidualDenoiser(Denoiser):
             self.conditions = _with_origin(self.conditions)
 
     def _output(self, x: Tensor, level: Level, conditions: dict[str, Tensor]) -> Tensor:
-        given = {name: value for name, value in conditions.items() if name != "origin" or "origin" in self._asked}
+        output = super()._output(x, level, conditions)
         kind = self.preconditioning
-        if not isinstance(kind, ResShiftPreconditioning):
-            return super()._output(x, level, given)
-        origin = _origin(conditions, "ResidualDenoiser")
-        output = super()._output(x + origin, level, given)
-        return output - origin if kind.output == "xstart" else output
+        says_image = isinstance(kind, ResShiftPreconditioning) and kind.output == "xstart"
+        return output - conditions["origin"] if says_image else output
+
+    def _inputs(
+        self, x: Tensor, level: Level, conditions: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if isinstance(self.preconditioning, ResShiftPreconditioning):
+            x = x + _origin(conditions, "ResidualDenoiser")
+        given = {name: value for name, value in conditions.items() if name != "origin" or "origin" in self._asked}
+        return super()._inputs(x, level, given)
 
 
 class InRange(BaseDenoiser):

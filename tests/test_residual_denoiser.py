@@ -6,11 +6,11 @@ from torch import nn
 
 from lightning_sgm.denoiser import Denoiser, EDMPreconditioning, GaussianMixtureDenoiser, Preconditioning
 from lightning_sgm.objectives.denoising import ChainTimes, DenoisingObjective, EDMWeight
-from lightning_sgm.processes import VP, ResShift
+from lightning_sgm.processes import VP, ResidualShift
 from lightning_sgm.random import Draw
 from lightning_sgm.residual_denoiser import InRange, ResidualDenoiser, ResShiftPreconditioning
 
-PROCESS = ResShift()
+PROCESS = ResidualShift()
 ETA = PROCESS.table**2
 OUTPUTS = ("xstart", "residual", "epsilon", "epsilon_scale")
 every_output = pytest.mark.parametrize("output", OUTPUTS)
@@ -111,7 +111,7 @@ def test_a_network_is_given_the_origin_only_if_it_asks():
 
 @pytest.mark.parametrize("spread", [0.086, 0.5])
 def test_residual_preconditioning_is_edms_on_residuals(spread):
-    process, network, (x, _, low) = ResShift(kappa=0.3), Toy(), images()
+    process, network, (x, _, low) = ResidualShift(kappa=0.3), Toy(), images()
     denoiser, weight = ResidualDenoiser(network, process, EDMPreconditioning(spread)), EDMWeight(spread)
     for i in (0, 5, 14):
         level = process.level(process.time(i))
@@ -126,7 +126,7 @@ def test_residual_preconditioning_is_edms_on_residuals(spread):
 
 
 def test_a_network_that_starts_at_zero_is_the_wiener_estimate():
-    spread, process = 0.086, ResShift(kappa=0.3)
+    spread, process = 0.086, ResidualShift(kappa=0.3)
     network = nn.Module()
     network.forward = lambda x, label: torch.zeros_like(x)
     denoiser = ResidualDenoiser(network, process, EDMPreconditioning(spread))
@@ -139,7 +139,7 @@ def test_a_network_that_starts_at_zero_is_the_wiener_estimate():
 
 
 def test_its_loss_is_the_error_in_units_of_what_is_unknown():
-    process, spread = ResShift(kappa=0.3), 0.086
+    process, spread = ResidualShift(kappa=0.3), 0.086
     network = nn.Module()
     network.forward = lambda x, label: torch.zeros_like(x)
     denoiser = ResidualDenoiser(network, process, EDMPreconditioning(spread))

@@ -4,7 +4,7 @@ from lightning_sgm.processes.absorbing import AbsorbingProcess, CosineSquared, G
 from lightning_sgm.processes.chains import Chain, DDPMChain, SMLDChain
 from lightning_sgm.processes.gaussian import CLEAN, EDM, VE, VP, Cosine, Flow, GaussianProcess, Level, SubVP
 from lightning_sgm.processes.graph import GraphProcess
-from lightning_sgm.processes.residual import ResShift
+from lightning_sgm.processes.residual import ResidualShift
 
 __all__ = [
     "CLEAN",
@@ -22,7 +22,7 @@ __all__ = [
     "GraphProcess",
     "Level",
     "Loglinear",
-    "ResShift",
+    "ResidualShift",
     "SMLDChain",
     "Schedule",
     "SubVP",

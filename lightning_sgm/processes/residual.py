@@ -19,7 +19,7 @@ from lightning_sgm.processes.gaussian import Level, match
 LowerEnd = Literal["resshift", "sinsr"]
 
 
-class ResShift(Chain):
+class ResidualShift(Chain):
     """r_t = (1 - eta) r_0 + kappa sqrt(eta) eps, eta growing from 0 at t = 0 to ``sqrt_eta_end``^2 at t = 1.
 
     The chain's index i = 0 .. T - 1 is the reference's, at t = (i + 1) / T, where sqrt(eta) is
@@ -58,7 +58,7 @@ class ResShift(Chain):
     ) -> None:
         super().__init__(steps)
         if kappa <= 0:
-            raise ValueError(f"kappa of ResShift must be positive, got {kappa}")
+            raise ValueError(f"kappa of ResidualShift must be positive, got {kappa}")
         self.kappa = kappa
         if sqrt_eta is None:
             table = _exponential(steps, kappa, min_noise, power, sqrt_eta_end, lower_end)
@@ -105,13 +105,13 @@ class ResShift(Chain):
 
 
 def _exponential(steps: int, kappa: float, min_noise: float, power: float, end: float, lower_end: LowerEnd) -> Tensor:
-    """The formula of :class:`ResShift`, (T,) float64."""
+    """The formula of :class:`ResidualShift`, (T,) float64."""
     if lower_end not in ("resshift", "sinsr"):
-        raise ValueError(f"lower_end of ResShift must be resshift or sinsr, got {lower_end!r}")
+        raise ValueError(f"lower_end of ResidualShift must be resshift or sinsr, got {lower_end!r}")
     start = min(min_noise / kappa, min_noise, *((math.sqrt(0.001),) if lower_end == "sinsr" else ()))
     if not 0 < start < end <= 1 or power <= 0:
         raise ValueError(
-            f"ResShift needs power > 0 and 0 < min_noise / max(kappa, 1) < sqrt_eta_end <= 1, got power {power}, "
+            f"ResidualShift needs power > 0 and 0 < min_noise / max(kappa, 1) < sqrt_eta_end <= 1, got power {power}, "
             f"min_noise {min_noise}, kappa {kappa} and sqrt_eta_end {end}"
         )
     share = torch.linspace(0.0, 1.0, steps, dtype=torch.float64) ** power

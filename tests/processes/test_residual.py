@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sgm.processes import CLEAN, VE, GaussianProcess, ResShift
+from lightning_sgm.processes import CLEAN, VE, GaussianProcess, ResidualShift
 from lightning_sgm.random import Draw
 from lightning_sgm.testing import check_process
 
@@ -16,13 +16,13 @@ FIFTEEN = (
     ".02 .117165 .176305 .233629 .291574 .351009 .412356 .475858 .541672 .60991 .680658 .753985 .829951 .908606 .99"
 )
 PROCESSES = {
-    "15 steps": ResShift(),
-    "4 steps": ResShift(4, min_noise=0.2),
-    "4 steps, SinSR": ResShift(4, min_noise=0.2, lower_end="sinsr"),
-    "pixels": ResShift(kappa=0.3),
-    "geometric": ResShift(9, power=1.0),
-    "shortest": ResShift(2),
-    "table to the end": ResShift(3, 0.5, sqrt_eta=[0.1, 0.5, 1.0]),
+    "15 steps": ResidualShift(),
+    "4 steps": ResidualShift(4, min_noise=0.2),
+    "4 steps, SinSR": ResidualShift(4, min_noise=0.2, lower_end="sinsr"),
+    "pixels": ResidualShift(kappa=0.3),
+    "geometric": ResidualShift(9, power=1.0),
+    "shortest": ResidualShift(2),
+    "table to the end": ResidualShift(3, 0.5, sqrt_eta=[0.1, 0.5, 1.0]),
 }
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 arguments: st.SearchStrategy[dict] = st.builds(
@@ -43,7 +43,7 @@ def indices(process):
     return process.level(process.time(torch.arange(process.steps)))
 
 
-class Markov(ResShift):
+class Markov(ResidualShift):
     """The marginals with the posterior that every process has by itself."""
 
     posterior = GaussianProcess.posterior
@@ -55,10 +55,10 @@ class Markov(ResShift):
 @pytest.mark.parametrize(
     ("process", "table"),
     [
-        (ResShift(), FIFTEEN),
-        (ResShift(lower_end="sinsr"), FIFTEEN),
-        (ResShift(4, min_noise=0.2), ".1 .520096 .761382 .99"),
-        (ResShift(4, min_noise=0.2, lower_end="sinsr"), ".031623 .37644 .667323 .99"),
+        (ResidualShift(), FIFTEEN),
+        (ResidualShift(lower_end="sinsr"), FIFTEEN),
+        (ResidualShift(4, min_noise=0.2), ".1 .520096 .761382 .99"),
+        (ResidualShift(4, min_noise=0.2, lower_end="sinsr"), ".031623 .37644 .667323 .99"),
     ],
 )
 def test_tables_are_the_references(process, table):
@@ -71,7 +71,7 @@ def test_tables_are_the_references(process, table):
 
 @given(arguments)
 def test_levels_of_the_indices_are_the_formula(given):
-    process, steps = ResShift(**given), given["steps"]
+    process, steps = ResidualShift(**given), given["steps"]
     start = min(given["min_noise"] / given["kappa"], given["min_noise"])
     start = min(start, math.sqrt(0.001)) if given["lower_end"] == "sinsr" else start
     base = (0.99 / start) ** (1 / (steps - 1))
@@ -83,7 +83,7 @@ def test_levels_of_the_indices_are_the_formula(given):
 
 @given(arguments)
 def test_eta_grows_from_nothing_to_its_end(given):
-    process = ResShift(**given)
+    process = ResidualShift(**given)
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     eta = process.sqrt_eta(t) ** 2
     assert eta[0] == 0
@@ -93,8 +93,8 @@ def test_eta_grows_from_nothing_to_its_end(given):
 
 
 def test_a_given_table_replaces_the_formula():
-    formula = ResShift(4, min_noise=0.2)
-    process = ResShift(4, sqrt_eta=formula.table.tolist())
+    formula = ResidualShift(4, min_noise=0.2)
+    process = ResidualShift(4, sqrt_eta=formula.table.tolist())
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     assert torch.equal(process.sigma(t), formula.sigma(t))
     assert float(PROCESSES["table to the end"].level(1.0).alpha) == 0
@@ -111,7 +111,7 @@ def test_all_but_the_posterior_is_that_of_the_markov_process_with_these_marginal
     # differences of check_process see it at 1e-5, so those processes have the closed forms below only.
     check_process(Markov(**arguments))
     with pytest.raises(AssertionError, match=r"posterior mean of .* is not Bayes' rule"):
-        check_process(ResShift(**arguments))
+        check_process(ResidualShift(**arguments))
 
 
 @every_process
@@ -158,7 +158,7 @@ def test_steps_of_the_chain_compose_to_its_marginals(process):
 
 
 def test_one_step_is_the_papers():
-    process, x, x0 = ResShift(), tensor([[1.0, 2.0]]), tensor([[0.4, -1.2]])
+    process, x, x0 = ResidualShift(), tensor([[1.0, 2.0]]), tensor([[0.4, -1.2]])
     eta = process.table**2
     mean, std = process.shift(x0, x, process.level(process.time(6)), process.level(process.time(7)))
     torch.testing.assert_close(mean, x - (eta[7] - eta[6]) * x0)
@@ -181,7 +181,7 @@ def test_posterior_is_bayes_rule_for_the_chain(process, s, share):
 
 
 def test_posterior_is_the_references():
-    process, x, x0 = ResShift(), tensor([[1.0, 2.0]]), tensor([[0.4, -1.2]])
+    process, x, x0 = ResidualShift(), tensor([[1.0, 2.0]]), tensor([[0.4, -1.2]])
     eta = process.table**2
     for i in range(1, 15):
         mean, std = process.posterior(x0, x, process.level(process.time(i)), process.level(process.time(i - 1)))
@@ -207,7 +207,7 @@ def test_posterior_takes_means_to_means_and_marginals_to_marginals(process, s, t
 
 def test_an_image_that_is_not_degraded_only_gets_noise():
     # y = x_0: r_0 = 0, a variance-exploding process around x_0.
-    process, nothing, x = ResShift(), tensor([[0.0]]), tensor([[0.8]])
+    process, nothing, x = ResidualShift(), tensor([[0.0]]), tensor([[0.8]])
     s, t = process.level(0.4), process.level(0.7)
     explode = VE(0.01, 10.0)
     at_s, at_t = (explode.level(explode.t_from_ratio(level.sigma)) for level in (s, t))
@@ -221,24 +221,24 @@ def test_an_image_that_is_not_degraded_only_gets_noise():
 
 
 def test_prior_is_noise_around_the_degraded_image():
-    noise = ResShift(kappa=0.3).prior((4000, 3), Draw(0))
+    noise = ResidualShift(kappa=0.3).prior((4000, 3), Draw(0))
     assert float(noise.std()) == pytest.approx(0.3 * 0.99, rel=0.02)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ResShift(1), "ResShift needs at least 2 steps"),
-        (lambda: ResShift(kappa=0.0), "kappa of ResShift must be positive, got 0"),
-        (lambda: ResShift(min_noise=0.0), "power > 0 and 0 < min_noise"),
-        (lambda: ResShift(min_noise=3.0), "< sqrt_eta_end <= 1"),
-        (lambda: ResShift(power=0.0), "got power 0.0"),
-        (lambda: ResShift(sqrt_eta_end=1.1), "sqrt_eta_end 1.1"),
-        (lambda: ResShift(lower_end="new"), "resshift or sinsr, got 'new'"),  # type: ignore[arg-type]
-        (lambda: ResShift(15, sqrt_eta=[0.1, 0.5]), "2 values for 15 steps"),
-        (lambda: ResShift(2, sqrt_eta=[0.5, 0.5]), "increase strictly"),
-        (lambda: ResShift(2, sqrt_eta=[0.0, 0.5]), "increase strictly"),
-        (lambda: ResShift(2, sqrt_eta=[0.5, 1.5]), r"within \(0, 1\], got \[0.5, 1.5\]"),
+        (lambda: ResidualShift(1), "ResidualShift needs at least 2 steps"),
+        (lambda: ResidualShift(kappa=0.0), "kappa of ResidualShift must be positive, got 0"),
+        (lambda: ResidualShift(min_noise=0.0), "power > 0 and 0 < min_noise"),
+        (lambda: ResidualShift(min_noise=3.0), "< sqrt_eta_end <= 1"),
+        (lambda: ResidualShift(power=0.0), "got power 0.0"),
+        (lambda: ResidualShift(sqrt_eta_end=1.1), "sqrt_eta_end 1.1"),
+        (lambda: ResidualShift(lower_end="new"), "resshift or sinsr, got 'new'"),  # type: ignore[arg-type]
+        (lambda: ResidualShift(15, sqrt_eta=[0.1, 0.5]), "2 values for 15 steps"),
+        (lambda: ResidualShift(2, sqrt_eta=[0.5, 0.5]), "increase strictly"),
+        (lambda: ResidualShift(2, sqrt_eta=[0.0, 0.5]), "increase strictly"),
+        (lambda: ResidualShift(2, sqrt_eta=[0.5, 1.5]), r"within \(0, 1\], got \[0.5, 1.5\]"),
     ],
 )
 def test_bad_arguments(make, message):

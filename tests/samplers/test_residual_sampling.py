@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_sgm.processes import CLEAN, VP, DDPMChain, ResShift
+from lightning_sgm.processes import CLEAN, VP, DDPMChain, ResidualShift
 from lightning_sgm.random import Draw
 from lightning_sgm.residual_denoiser import ResidualDenoiser
 from lightning_sgm.samplers import Ancestral, ChainGrid, DPMpp2M, Euler, EulerMaruyama, Heun, Sampler
@@ -16,7 +16,7 @@ from lightning_sgm.samplers.residual import TrailingChain, invert
 from lightning_sgm.samplers.rules import euler, euler_scales
 from lightning_sgm.testing import check_rule
 
-PROCESS = ResShift()
+PROCESS = ResidualShift()
 ETA = PROCESS.table**2
 
 
@@ -131,7 +131,7 @@ def test_start_noise_is_the_prior_of_the_last_index():
         torch.testing.assert_close(found, Draw(1).normal((3, 2)) * 1.98)
 
 
-@pytest.mark.parametrize("process", [ResShift(), ResShift(kappa=0.3)], ids=["kappa 2", "kappa 0.3"])
+@pytest.mark.parametrize("process", [ResidualShift(), ResidualShift(kappa=0.3)], ids=["kappa 2", "kappa 0.3"])
 @pytest.mark.parametrize(
     "rule", [Ancestral(), Euler(), Heun(), DPMpp2M(), EulerMaruyama()], ids=lambda rule: type(rule).__name__
 )
@@ -177,7 +177,7 @@ def test_trailing_indices_are_tad_srs(steps, expected):
 
 @given(st.integers(2, 200), st.data())
 def test_any_number_of_steps_begins_at_the_last_index(total, data):
-    chain, steps = ResShift(total), data.draw(st.integers(1, total))
+    chain, steps = ResidualShift(total), data.draw(st.integers(1, total))
     times = TrailingChain().times(chain, steps - 1)
     index = chain.index(times)
     assert len(index) == steps
