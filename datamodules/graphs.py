@@ -145,9 +145,14 @@ class GraphDataModule(DataModule):
             count = round(len(rest) * val_fraction)
         val, train = rest.tensor_split([max(1, count)]) if val_fraction > 0 else (test, rest)
         pieces = dict(zip(SPLITS, (train, val, test), strict=True))
-        empty = [split for split, rows in pieces.items() if not len(rows)]
-        if empty:
-            raise ValueError(f"{self._name} has {total} graphs, and {' and '.join(empty)} would have none: give more")
+        if empty := " and ".join(split for split, rows in pieces.items() if not len(rows)):
+            if is_test is not None and total > 1 and is_test.all() == is_test.any():
+                raise ValueError(
+                    f"{self._name}: is_test marks {'all' if is_test.all() else 'none'} of {total} graphs, and {empty} "
+                    "would have none: mark some of them, or leave is_test out and they are cut at random"
+                )
+            graphs = "1 graph" if total == 1 else f"{total} graphs"
+            raise ValueError(f"{self._name} has {graphs}, and {empty} would have none: give more")
         return {split: rows.sort().values for split, rows in pieces.items()}
 
     def _require_size(self, max_nodes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,18 +37,18 @@ class SuperResolutionDataModule(DataModule):
     """Photographs in memory: a batch has ``x`` (B, 3, H, W), ``low`` (B, 3, H / factor, W / factor) and ``index``.
 
     Both are float32 in [-1, 1], level k of 256 being 2 k / 255 - 1. A training example is a random square of a
-    photograph, a function of (seed, epoch, index). Validation and test judge the same squares in every epoch and for
-    every ``seed``, or whole photographs, one in a batch. (``examples`` cuts whole photographs of different sizes to
-    their common middle.) Photographs, never squares of one, are held out.
+    photograph, a function of (seed, epoch, index), or of (seed, index) if ``fixed``. Validation and test judge the same
+    squares in every epoch and for every ``seed``, or whole photographs, one in a batch. (``examples`` cuts whole
+    photographs of different sizes to their common middle.) Photographs, never squares of one, are held out.
 
     The low resolution is Pillow's bicubic reduction of the photograph ("bicubic"), Real-ESRGAN's random degradation of
     the square ("blind", see ``datamodules.degradation``; some milliseconds of a CPU for each), or comes as files: a
     folder with sub-folders gt and lq, or ``path`` and ``low_path``, whose pictures have equal names. With factor 1
     these pairs may be any restoration.
 
-    ``spec``: kind "image", shape [3, crop, crop], low_shape, factor, classes 0, levels 256, range [-1, 1], dequantized
-    False; sigma_data, the standard deviation of training values, and sigma_residual, that of training crops minus their
-    bicubically enlarged low resolution (both None before ``setup``).
+    ``spec``: kind "image", shape [3, crop, crop], low_shape, factor, fixed, classes 0, levels 256, range [-1, 1],
+    dequantized False; sigma_data, the standard deviation of training values, and sigma_residual, that of training crops
+    minus their bicubically enlarged low resolution (both None before ``setup``).
 
     Args:
         dataset: "packages": three photographs that come with scikit-learn and matplotlib (china held out); "skimage":
@@ -65,9 +66,10 @@ class SuperResolutionDataModule(DataModule):
         long_side: shrink larger photographs until their longer side has so many pixels (removes traces of JPEG).
         short_side: the same for the shorter side; as long as ``crop`` this is the papers' training on ImageNet.
         flip: mirror training squares left to right, each with probability 1/2.
+        fixed: the same squares (places, mirroring, degradation) in every epoch, so that example ``index`` is one pair
+            for good, wherever it is asked for; what a teacher makes of it can then be kept under ``fingerprint``.
         hold_out: of a folder's sorted files the first and every so many after it are for validation and test both.
-        val_fraction: part of a folder for validation, at random; with ``test_fraction`` it takes the place of
-            ``hold_out``.
+        val_fraction: part of a folder for validation, at random; with ``test_fraction`` instead of ``hold_out``.
         test_fraction: part of a folder for testing.
         eval_crops: number of squares for validation, and for test; None: whole photographs.
         eval_size: side of these squares.
@@ -76,8 +78,7 @@ class SuperResolutionDataModule(DataModule):
         seed: of the order, the training squares and their degradation.
 
     Raises:
-        ValueError: an argument out of range; a broken picture; one that is smaller than a square; pictures without
-            partner.
+        ValueError: an argument out of range; a picture that is broken, smaller than a square or without partner.
         FileNotFoundError: no such folder, no pictures in it, or a set that is not installed.
     """
 
@@ -94,6 +95,7 @@ class SuperResolutionDataModule(DataModule):
         long_side: int | None = None,
         short_side: int | None = None,
         flip: bool = True,
+        fixed: bool = False,
         hold_out: int = 5,
         val_fraction: float | None = None,
         test_fraction: float | None = None,
@@ -106,13 +108,11 @@ class SuperResolutionDataModule(DataModule):
         super().__init__(batch_size, seed)
         require_positive(factor=factor, crop=crop, crops_per_image=crops_per_image, eval_size=eval_size)
         self.factor, self.crop, self.crops_per_image, self.flip = factor, crop, crops_per_image, flip
-        self.degradation, self.long_side, self.short_side = degradation, long_side, short_side
+        self.fixed, self.degradation, self.long_side, self.short_side = fixed, degradation, long_side, short_side
         self.eval_crops, self.eval_size, self.eval_seed = eval_crops, eval_size, eval_seed
         if path is None:
             if low_path is not None or test_path is not None or val_fraction is not None or test_fraction is not None:
-                raise ValueError(
-                    "low_path, test_path, val_fraction and test_fraction belong to a path: give the folder"
-                )
+                raise ValueError("low_path, test_path, val_fraction and test_fraction belong to a path: give one")
             self._files: dict[Split, list[Files]] = named_set(dataset, hold_out)
         else:
             files = folder_files(Path(path), Path(low_path) if low_path else None)
@@ -124,6 +124,7 @@ class SuperResolutionDataModule(DataModule):
             "shape": [3, crop, crop],
             "low_shape": [3, crop // factor, crop // factor],
             "factor": factor,
+            "fixed": fixed,
             "classes": 0,
             "levels": 256,
             "range": [-1.0, 1.0],
@@ -136,22 +137,19 @@ class SuperResolutionDataModule(DataModule):
         """Compare the arguments with each other and with the files."""
         if self.degradation not in ("bicubic", "blind"):
             raise ValueError(f"there is no degradation {self.degradation!r}: choose bicubic or blind")
-        for name, value in (("eval_crops", self.eval_crops), ("long_side", self.long_side)):
-            require_positive(**{name: 1 if value is None else value})
-        require_positive(short_side=1 if self.short_side is None else self.short_side)
+        given = {"eval_crops": self.eval_crops, "long_side": self.long_side, "short_side": self.short_side}
+        require_positive(**{name: value for name, value in given.items() if value is not None})
         sides = {"crop": self.crop} | ({} if self.eval_crops is None else {"eval_size": self.eval_size})
+        least = smallest_side(self.factor) if self.degradation == "blind" else 1
         paired = [entry for files in self._files.values() for entry in files if entry.low]
         for name, side in sides.items():
             if side % self.factor:
                 raise ValueError(f"{name} must be divisible by the factor {self.factor}, got {side}")
-            if self.degradation == "blind" and side < smallest_side(self.factor):
-                raise ValueError(
-                    f"{name} must be at least {smallest_side(self.factor)} for the blind degradation, got {side}"
-                )
+            if side < least:
+                raise ValueError(f"{name} must be at least {least} for the blind degradation, got {side}")
         if paired and (self.long_side or self.short_side or self.degradation != "bicubic"):
             raise ValueError(
-                f"{paired[0].high} has a low-resolution partner, which is used as it is: leave out long_side, "
-                f"short_side and degradation"
+                f"{paired[0].high} has a low-resolution partner to use: leave out long_side, short_side and degradation"
             )
 
     def load(self) -> None:
@@ -169,6 +167,21 @@ class SuperResolutionDataModule(DataModule):
             warnings.warn(f"{len(remarks)} pictures become RGB with 8 bits per colour: {remarks[0]}", stacklevel=2)
         self._photographs = {split: [known[entry.high] for entry in files] for split, files in self._files.items()}
         self.spec = {**self.spec, "sigma_data": self._sigma_data(), "sigma_residual": self._sigma_residual()}
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that name the training pairs, for caches of what is computed from them.
+
+        Other pixels (not names) or order of the training photographs, or another argument on which their pairs depend,
+        give another one; changes of the code do not. Loads the data where that has not happened.
+        """
+        self.setup()
+        told = (self.seed, self.fixed, self.factor, self.crop, self.crops_per_image, self.flip, self.degradation)
+        pixels = [part for _, *parts in self._photographs["train"] for part in parts if part is not None]
+        found = sha256(repr((told, [tuple(part.shape) for part in pixels])).encode())
+        for part in pixels:
+            found.update(part.numpy().data)
+        return found.hexdigest()[:16]
 
     def _with_low(self, photograph: Photograph) -> Photograph:
         """With a low resolution, except for the blind degradation, which differs from crop to crop."""
@@ -206,8 +219,8 @@ class SuperResolutionDataModule(DataModule):
     def fetch(self, split: Split, index: Tensor, epoch: int | None) -> Batch:
         """Crops or photographs ``index`` (B,) of a split: x (B, 3, H, W) and low (B, 3, H / f, W / f), float32."""
         if split == "train":
-            clock = _FIXED if epoch is None else epoch
-            high, low = self._train_pairs(index, self.seed, clock, self.flip and epoch is not None)
+            clock = _FIXED if self.fixed or epoch is None else epoch
+            high, low = self._train_pairs(index, self.seed, clock, self.flip and (self.fixed or epoch is not None))
         else:
             seeds = hashed(index, self.eval_seed, SPLITS.index("test"), _DEGRADE)  # equal in validation and test
             high, low = self._pairs(self._photographs[split], *self._eval_places(split, index), seeds)

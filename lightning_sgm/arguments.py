@@ -30,6 +30,7 @@ GIVEN_HELP = {
     "--template": "a whole text in which each _ (--model.task.blank) is a token to find",
     "--prompts": "file of prompts, one per line, or .jsonl with prompt, suffix, template, length",
 }
+_FILES = "--data.path"  # sampling needs no data, so for predict these are the files to complete
 
 
 class UsageError(ValueError):
@@ -125,6 +126,11 @@ def prepare(argv: list[str]) -> Invocation:
             value = value if has_value else next(rest, "")
             given = "" if value.startswith("--") and not has_value else value
             invocation.options.append(_task(_GIVEN[key], given))
+        elif key == _FILES and argv[0] == "predict":
+            value = value if has_value else next(rest, "")
+            if not value or (value.startswith("--") and not has_value):
+                raise UsageError(f"{key} needs a value after it: a picture or a folder of pictures to complete")
+            invocation.options.append(f"--path={value}")
         elif (
             argument.endswith((".yaml", ".yml")) and not argument.startswith("-") and not _is_value(invocation.options)
         ):

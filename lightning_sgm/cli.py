@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import datamodules  # noqa: F401  (short class names on the command line)
-from lightning_sgm import guidance, methods, networks, objectives, optimizers, samplers  # noqa: F401
+from lightning_sgm import codecs, guidance, methods, networks, objectives, optimizers, samplers  # noqa: F401
 from lightning_sgm.arguments import GIVEN_HELP, Invocation, UsageError, prepare
 from lightning_sgm.callbacks import EMA, Checkpoints, Compile, SampleLogger
 from lightning_sgm.io.checkpoint import foreign_name

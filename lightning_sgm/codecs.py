@@ -28,7 +28,17 @@ VQ_F4: dict[str, Any] = {
 
 
 class Codec(nn.Module):
-    """Base of all codecs."""
+    """Base of all codecs.
+
+    Attributes:
+        factor: pixels of the data along a side of one of model space.
+        of_pixels: whether values of model space are pixels, so that their range is known.
+        stored: whether checkpoints must hold its weights; otherwise it finds them itself.
+    """
+
+    factor: int = 1
+    of_pixels: bool = True
+    stored: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,6 +130,8 @@ class Autoencoder(Codec):
         FileNotFoundError: no such autoencoder.
     """
 
+    of_pixels = False
+
     def __init__(
         self,
         kind: Literal["vq", "kl"] = "vq",
@@ -134,6 +146,7 @@ class Autoencoder(Codec):
         if (config is None) == (name is None):
             raise ValueError("an Autoencoder needs exactly one of name (a trained one) and config (random weights)")
         self.kind: Literal["vq", "kl"] = kind
+        self.stored = name is None
         self.model = _load(kind, name, subfolder) if name is not None else _new(kind, config or {})
         self.model.requires_grad_(False)
         self.eval()

@@ -41,8 +41,8 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m lightning_sgm export",
         description="Write the averaged weights of a checkpoint as model.safetensors and its settings as config.json. "
-        "lightning_sgm.load(folder) reads them back; models with RADD's transformer are read by RADD's own code too, "
-        "and by import --source radd.",
+        "lightning_sgm.load(folder) reads them back, whatever the method. Where a network's authors published files of "
+        "this form, the entries have their names and their code reads the folder, too (RADD's transformer).",
         allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint of this package")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 
@@ -95,3 +95,22 @@ class MuonAdamW(Optimizer):
         for part in self._parts:
             part.step()
         return loss
+
+
+def make_optimizer(factory: Callable[[Any], Optimizer], named: list[tuple[str, nn.Parameter]]) -> Optimizer:
+    """The optimiser of (name, parameter) pairs.
+
+    Raises:
+        ValueError: the factory does not take pairs.
+    """
+    try:
+        optimizer = factory(named)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"the optimizer must take (name, parameter) pairs, as torch's do: {error}; a function of yours finds "
+            "the parameters by [parameter for _, parameter in pairs]"
+        ) from error
+    # Lightning refuses to clip for fused optimisers that unscale gradients themselves: let its scaler do that.
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer

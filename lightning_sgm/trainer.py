@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -130,8 +131,9 @@ class Trainer(pl.Trainer):
         weights_only: bool | None = True,
         num_samples: int | None = None,
         batch_size: int = 16,
+        path: str | None = None,
     ) -> Any:
-        """Draw samples and write them to ``predictions/`` in the run folder.
+        """Draw samples and write them to ``predictions/`` in the run folder, or what is completed to ``restored/``.
 
         Args:
             model: the method.
@@ -142,13 +144,19 @@ class Trainer(pl.Trainer):
             weights_only: kept True; checkpoints never unpickle foreign code.
             num_samples: how many samples, 16 by default, or one for each text of a file of texts to complete; number i
                 depends on the seed and i alone.
-            batch_size: samples drawn at once on each process.
+            batch_size: samples drawn at once on each process; files are completed one by one.
+            path: a picture or a folder of pictures that the model completes (--data.path is the same).
         """
-        if num_samples is None:
-            num_samples = int(getattr(model, "samples_wanted", 16))
-        if num_samples < 1 or batch_size < 1:
-            raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
-        loader = dataloaders if dataloaders is not None else SampleNumbers(self, num_samples, batch_size)
+        loader = dataloaders
+        if path is not None:
+            if num_samples is not None or dataloaders is not None:
+                raise ValueError(f"path {path} says what to complete: leave out num_samples and dataloaders")
+            loader = Inputs(self, cast(Any, model or self.lightning_module).inputs(path))
+        elif loader is None:
+            wanted = int(getattr(model, "samples_wanted", 16)) if num_samples is None else num_samples
+            if wanted < 1 or batch_size < 1:
+                raise ValueError(f"num_samples and batch_size must be at least 1, got {wanted} and {batch_size}")
+            loader = SampleNumbers(self, wanted, batch_size)
         return super().predict(
             model,
             dataloaders=loader,
@@ -160,6 +168,8 @@ class Trainer(pl.Trainer):
 
 class SampleNumbers:
     """This process's share of the sample numbers 0..count-1 as batches {"index": (n,)}."""
+
+    label = "sample"
 
     def __init__(self, trainer: pl.Trainer, count: int, batch_size: int) -> None:
         self.trainer, self.count, self.batch_size = trainer, count, batch_size
@@ -173,6 +183,25 @@ class SampleNumbers:
     def __iter__(self) -> Any:
         for part in self._mine().split(self.batch_size):
             yield {"index": part}
+
+
+class Inputs:
+    """This process's share of what a model completes, see ``GenerativeModule.inputs``."""
+
+    label = "file"
+
+    def __init__(self, trainer: pl.Trainer, items: Sequence[dict[str, Any]]) -> None:
+        self.trainer, self.items, self.count = trainer, items, len(items)
+
+    def _mine(self) -> range:
+        return range(self.count)[self.trainer.global_rank :: self.trainer.world_size]
+
+    def __len__(self) -> int:
+        return len(self._mine())
+
+    def __iter__(self) -> Any:
+        for number in self._mine():
+            yield self.items[number]
 
 
 def _leave_process_group() -> None:

@@ -59,7 +59,19 @@ _GRAPHS = (
     "--data.batch_size=16",
     "--samples.count=3",
 )
+_RESTORATION = (
+    *_SHORT,
+    "--data.crop=32",
+    "--data.crops_per_image=4",
+    "--data.eval_crops=3",
+    "--data.eval_size=32",
+    "--data.batch_size=2",
+    "--samples.count=2",
+)
 _OWN = {
+    "resshift": (*_RESTORATION, "--model.network.init_args.channels=8", "--model.network.init_args.blocks=3"),
+    "sinsr": _RESTORATION,
+    "tad_sr": _RESTORATION,
     "gdss": _GRAPHS,
     "gdss_molecules": (*_GRAPHS, "--model.val_samples=5"),
     "radd": _TEXT,

@@ -221,9 +221,13 @@ def _trained(pl_module: LightningModule) -> tuple[dict[str, int], list[Tensor]]:
     """The parameters to average, and the position of each name among them (tied ones have several names)."""
     chosen: dict[int, Tensor] = {}
     for part in getattr(pl_module, "ema_parts", ()):
-        if not isinstance(getattr(pl_module, part, None), nn.Module):
-            raise ValueError(f"`ema_parts` names {part!r}, but {type(pl_module).__name__} has no such part")
-        for parameter in pl_module.get_submodule(part).parameters():
+        try:
+            found = pl_module.get_submodule(part)
+        except AttributeError as error:
+            raise ValueError(
+                f"`ema_parts` names {part!r}, but {type(pl_module).__name__} has no such part"
+            ) from error
+        for parameter in found.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 chosen[id(parameter)] = parameter
     position = {key: i for i, key in enumerate(chosen)}

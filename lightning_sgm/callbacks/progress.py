@@ -129,9 +129,13 @@ class Progress(ProgressBar):
         self._finish()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a pass."""
-        samples = isinstance(getattr(trainer.predict_dataloaders, "count", None), int)
-        self._begin("sample" if samples else "predict")
+        """Start a pass; it also shows the parts of a sample that the method tells of."""
+        loader: Any = trainer.predict_dataloaders
+        if isinstance(getattr(loader, "count", None), int):
+            self._begin(getattr(loader, "label", "sample"), loader.count)
+        else:
+            self._begin("predict")
+        pl_module.on_part = self._show_part  # type: ignore[assignment]
 
     def on_predict_batch_end(
         self,
@@ -145,27 +149,33 @@ class Progress(ProgressBar):
         """Show a line if it is time: samples of all processes if the loader knows their ``count``, else batches."""
         count = getattr(trainer.predict_dataloaders, "count", None)
         if isinstance(count, int):
-            self._advance(len(batch["index"]) * trainer.world_size, count)
+            # Other processes have as many or one less.
+            self._advance(min(len(batch["index"]) * trainer.world_size, count - self._done), count)
         else:
             self._advance(1, _sum(trainer.num_predict_batches))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the last line."""
+        pl_module.on_part = None  # type: ignore[assignment]
         self._finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the terminal back."""
         self._display.close()
 
-    def _begin(self, label: str) -> None:
+    def _begin(self, label: str, total: int | None = None) -> None:
         self._pass = Pace(label)
         self._done = 0
-        self._total: int | None = None
+        self._total = total
 
     def _advance(self, more: int, total: int | None) -> None:
         self._done, self._total = self._done + more, total
         if self._enabled and self._display.due():
             self._display.show(self._pass.report(self._done, total, {}))
+
+    def _show_part(self, done: int, total: int) -> None:
+        if self._enabled and self._display.due():
+            self._display.show(self._pass.report(self._done, self._total, {"part": done, "of": total}))
 
     def _finish(self) -> None:
         if self._enabled:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor, distributed
+from torch import distributed
 
 from lightning_sgm.callbacks.clock import updates
 from lightning_sgm.callbacks.ema import EMA
 from lightning_sgm.callbacks.throughput import untimed
 from lightning_sgm.io.figures import CurveWriter
-from lightning_sgm.io.writers import Writer, writer_for
+from lightning_sgm.io.writers import Writer, names_of, writer_for
 from lightning_sgm.methods.base import Curve
 
 if TYPE_CHECKING:
@@ -98,8 +98,16 @@ class SampleLogger(Callback):
                 painter.save(picture, self._folder / f"{step:08d}{suffix}")
 
 
+class _Written(NamedTuple):
+    """A sample on disk: its name, and the file in which the overview finds it."""
+
+    folder: Path
+    name: str
+    file: Path
+
+
 class PredictionWriter(Callback):
-    """Writes what ``predict`` samples: a file per sample, named by its number, and one overview of all of them.
+    """Writes what ``predict`` samples: a file per sample, with its name or number, and one overview of all of them.
 
     Every process writes its own samples as they come; at the end the first one joins them into ``samples.png`` or
     ``samples.txt`` and says where they are. Samples in a folder that other nodes cannot see are left out there.
@@ -113,46 +121,53 @@ class PredictionWriter(Callback):
     def __init__(self, folder: str | None = None, writer: Writer | None = None) -> None:
         self.folder = folder
         self.writer = writer
-        self._run, self._folder = Path(), Path()
-        self._files: dict[int, Path] = {}
+        self._run = Path()
+        self._written: dict[int, _Written] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the run's folder: every process must ask for it, and one without samples has no start of predict."""
+        if stage == "predict":
+            self._run = _run_folder(trainer)
+            self._written = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the run's folder (every process must ask for it), and hear what the writer lacks before hours pass."""
-        self._run = _run_folder(trainer)
-        self._files = {}
+        """Hear what the writer lacks before hours pass."""
         self._writer(pl_module)
 
     def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: dict[str, Tensor],
+        outputs: dict[str, Any],
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the samples ``outputs["x"]`` under their numbers ``outputs["index"]``."""
+        """Write the samples ``outputs["x"]`` under their names or numbers ``outputs["index"]``."""
         default = self._run / ("restored" if "before" in outputs else "predictions")
-        self._folder = default if self.folder is None else Path(self.folder)
-        files = self._writer(pl_module).save_each(outputs, self._folder)
-        self._files |= dict(zip(outputs["index"].tolist(), files, strict=True))
+        folder = default if self.folder is None else Path(self.folder)
+        files = self._writer(pl_module).save_each(outputs, folder)
+        named = zip(outputs["index"].tolist(), names_of(outputs), files, strict=True)
+        self._written |= {number: _Written(folder, name, file) for number, name, file in named}
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the samples of all processes."""
-        files = dict(self._files)
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Join the samples of all processes, also of those that had none and no end of predict."""
+        if stage != "predict":
+            return
+        written = dict(self._written)
         if trainer.world_size > 1:
             everybody: list[Any] = [None] * trainer.world_size
             # Also waits until every process has written.
-            distributed.all_gather_object(everybody, self._files)
-            files = {number: file for part in everybody for number, file in part.items() if file.exists()}
-        if not trainer.is_global_zero or not files:
+            distributed.all_gather_object(everybody, self._written)
+            written = {number: one for part in everybody for number, one in part.items() if one.file.exists()}
+        if not trainer.is_global_zero or not written:
             return
-        overview = self._writer(pl_module).collect(
-            [files[number] for number in sorted(files)], self._folder / "samples"
-        )
-        print(f"{len(files)} samples are in {self._folder}, together in {', '.join(map(str, overview))}")
-        suffix = next(iter(files.values())).suffix
-        others = sum(path.stem.isdigit() for path in self._folder.glob(f"*{suffix}")) - len(files)
+        samples = [written[number] for number in sorted(written)]
+        folder = samples[0].folder
+        overview = self._writer(pl_module).collect([one.file for one in samples], folder / "samples")
+        print(f"{len(samples)} samples are in {folder}, together in {', '.join(map(str, overview))}")
+        names, suffix = {one.name for one in samples}, samples[0].file.suffix
+        others = sum(path.stem.isdigit() and path.stem not in names for path in folder.glob(f"*{suffix}"))
         if others > 0:
             print(f"beside them are {others} of earlier predictions")
 

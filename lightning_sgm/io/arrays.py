@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_sgm.io.figures import new_figure, pixels_of, save_figure
 from lightning_sgm.io.files import atomic_write
-from lightning_sgm.io.writers import Batch, Writer, numbers_of
+from lightning_sgm.io.writers import Batch, Writer, names_of, numbers_of, with_suffix
 
 _LINES = 16
 
@@ -40,7 +40,7 @@ class ArrayWriter(Writer):
     def save_each(self, batch: Batch, folder: Path) -> list[Path]:
         """One file ``folder/parts/FIRST.npz`` with the samples, their numbers and labels, for all of the batch."""
         numbers = numbers_of(batch)
-        path = folder / "parts" / f"{min(numbers):06d}.npz"
+        path = with_suffix(folder / "parts" / min(names_of(batch)), ".npz")
         arrays: dict[str, Any] = {"x": self._values(batch["x"]).numpy(), "index": np.array(numbers)}
         if "label" in batch:
             arrays["label"] = batch["label"].cpu().numpy()

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_sgm.io.figures import pixels_of, save_figure
 from lightning_sgm.io.files import atomic_write
 from lightning_sgm.io.graph_figures import element_paint, grid_figure, paints, strip_figure
-from lightning_sgm.io.writers import Batch, Writer, numbers_of, with_suffix
+from lightning_sgm.io.writers import Batch, Writer, names_of, numbers_of, shown_name, with_suffix
 
 Array = NDArray[Any]
 
@@ -52,11 +52,11 @@ class GraphWriter(Writer):
         """
         if "adj_steps" in batch:
             return [save_figure(strip(batch), with_suffix(stem, ".png"))]
-        return self._write(_pack(batch["adj"], batch["node_mask"]), numbers_of(batch), stem)
+        return self._write(_pack(batch["adj"], batch["node_mask"]), _numbered(batch), stem)
 
     def save_each(self, batch: Batch, folder: Path) -> list[Path]:
-        """``folder/NUMBER.graphml``."""
-        files = [folder / f"{number:06d}.graphml" for number in numbers_of(batch)]
+        """``folder/NAME.graphml``."""
+        files = [with_suffix(folder / name, ".graphml") for name in names_of(batch)]
         packed = _pack(batch["adj"], batch["node_mask"])
         edges = np.split(packed.edge_index, packed.num_edges.cumsum()[:-1], axis=1)
         for path, count, pairs in zip(files, packed.num_nodes.tolist(), edges, strict=True):
@@ -65,36 +65,40 @@ class GraphWriter(Writer):
         return files
 
     def collect(self, files: Sequence[Path], stem: Path) -> list[Path]:
-        """All graphs in ``stem.npz`` and the picture of the first as ``stem.png``, numbered by their file names."""
+        """All graphs in ``stem.npz`` and the picture of the first as ``stem.png``, called by their file names."""
         found = [_read_graphml(file) for file in files]
         packed = _Packed(
             num_nodes=np.array([count for count, _ in found], dtype=np.int32),
             num_edges=np.array([edges.shape[1] for _, edges in found], dtype=np.int32),
             edge_index=np.concatenate([edges for _, edges in found], axis=1),
         )
-        return self._write(packed, [int(file.stem) for file in files], stem)
+        return self._write(packed, [shown_name(file) for file in files], stem)
 
     def log(self, logger: Logger, tag: str, batch: Batch, step: int) -> None:
         """The picture."""
         if isinstance(logger, TensorBoardLogger):
             steps = "adj_steps" in batch
-            figure = strip(batch) if steps else self._figure(_pack(batch["adj"], batch["node_mask"]), numbers_of(batch))
+            figure = strip(batch) if steps else self._figure(_pack(batch["adj"], batch["node_mask"]), _numbered(batch))
             logger.experiment.add_image(tag, pixels_of(figure), step, dataformats="HWC")
 
-    def _write(self, packed: _Packed, numbers: Sequence[int], stem: Path) -> list[Path]:
+    def _write(self, packed: _Packed, names: Sequence[str], stem: Path) -> list[Path]:
         path = with_suffix(stem, ".npz")
         with atomic_write(path) as file:
             np.savez_compressed(file, **packed._asdict())
-        return [path, save_figure(self._figure(packed, numbers), with_suffix(stem, ".png"))]
+        return [path, save_figure(self._figure(packed, names), with_suffix(stem, ".png"))]
 
-    def _figure(self, packed: _Packed, numbers: Sequence[int]) -> Any:
+    def _figure(self, packed: _Packed, names: Sequence[str]) -> Any:
         starts = [0, *packed.num_edges.cumsum().tolist()]
         graphs = []
         for row, count in enumerate(packed.num_nodes[: self.most].tolist()):
             graphs.append(np.zeros((count, count), dtype=bool))
             left, right = packed.edge_index[:, starts[row] : starts[row + 1]]
             graphs[-1][left, right] = graphs[-1][right, left] = True
-        return grid_figure(graphs, [str(number) for number in numbers[: self.most]])
+        return grid_figure(graphs, names[: self.most])
+
+
+def _numbered(batch: Batch) -> list[str]:
+    return [str(number) for number in numbers_of(batch)]
 
 
 def strip(batch: Batch, atoms: Sequence[str] = ()) -> Any:

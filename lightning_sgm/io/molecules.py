@@ -18,7 +18,7 @@ from datamodules.chemistry import decode, quiet, rdkit, read
 from lightning_sgm.io.figures import pixels_of, save_figure
 from lightning_sgm.io.files import atomic_write
 from lightning_sgm.io.graphs import strip
-from lightning_sgm.io.writers import Batch, Writer, numbers_of, with_suffix
+from lightning_sgm.io.writers import Batch, Writer, names_of, numbers_of, with_suffix
 
 _PANEL = (220, 190)  # pixels
 
@@ -63,7 +63,7 @@ class MoleculeWriter(Writer):
     def save_each(self, batch: Batch, folder: Path) -> list[Path]:
         """One table ``folder/parts/FIRST.csv`` for all of the batch: as a file a molecule is one line."""
         rows = self._rows(batch)
-        path = folder / "parts" / f"{min(row.number for row in rows):06d}.csv"
+        path = with_suffix(folder / "parts" / min(names_of(batch)), ".csv")
         _write_text(_table(rows), path)
         return [path] * len(rows)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from datamodules.tokenizers import Tokenizer, TokenizerName, tokenizer_for
 from lightning_sgm.io.files import atomic_write
-from lightning_sgm.io.writers import Batch, Writer, numbers_of, with_suffix
+from lightning_sgm.io.writers import Batch, Writer, names_of, numbers_of, shown_name, with_suffix
 
 _MASK = "\N{LIGHT SHADE}"
 
@@ -46,17 +46,17 @@ class TextWriter(Writer):
         return self._write_sections(_titles(batch), self.decode(batch["x"], batch.get("length")), stem)
 
     def save_each(self, batch: Batch, folder: Path) -> list[Path]:
-        """``folder/NUMBER.txt``, the exact bytes."""
+        """``folder/NAME.txt``, the exact bytes."""
         files = []
-        for number, raw in zip(numbers_of(batch), self.decode(batch["x"], batch.get("length")), strict=True):
-            files.append(folder / f"{number:06d}.txt")
+        for name, raw in zip(names_of(batch), self.decode(batch["x"], batch.get("length")), strict=True):
+            files.append(with_suffix(folder / name, ".txt"))
             with atomic_write(files[-1]) as file:
                 file.write(raw)
         return files
 
     def collect(self, files: Sequence[Path], stem: Path) -> list[Path]:
-        """All samples in ``stem.txt``, numbered by their file names."""
-        titles = [f"sample {int(file.stem)}" for file in files]
+        """All samples in ``stem.txt``, called by their file names."""
+        titles = [f"sample {shown_name(file)}" for file in files]
         return self._write_sections(titles, [file.read_bytes() for file in files], stem)
 
     def log(self, logger: Logger, tag: str, batch: Batch, step: int) -> None:

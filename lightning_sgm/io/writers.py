@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +17,26 @@ from torch.nn import functional as F
 
 from lightning_sgm.io.files import atomic_write
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors, and names
 _LINE, _WHITE = 2, 255  # width and gray level of the lines around the images of a panel
+_GROUND = 128  # gray level between and behind the tiles of an overview
+_SMALL, _WIDEST = 256, 16  # height and most width / height of tiles in an overview of different or large pictures
+# What panels show of a batch, in this order, and what it is called.
+_PANEL = {
+    "before": "what was given",
+    "bicubic": "enlarged bicubically",
+    "teacher": "by the teacher",
+    "x": "by the model",
+    "truth": "the truth",
+}
 
 
 class Writer(ABC):
     """Turns batches of samples into files and TensorBoard entries. Files are written atomically.
 
     Every method takes a batch whose ``x`` holds the samples and whose ``index``, if there, numbers them (otherwise
-    they are numbered from 0). A writer knows how data look, not where they come from; ``writer_for`` builds the one
+    they are numbered from 0). Files of samples have the names in ``name``, a list of texts that may contain folders
+    ("a/b"), or their numbers. A writer knows how data look, not where they come from; ``writer_for`` builds the one
     that a data specification asks for. What else is in the batch is shown or not, as suits the kind of data.
     """
 
@@ -34,7 +46,7 @@ class Writer(ABC):
 
     @abstractmethod
     def save_each(self, batch: Batch, folder: Path) -> list[Path]:
-        """Write one file per sample, named by its number (``000012.png``), into ``folder``.
+        """Write one file per sample, with its name or number (``000012.png``), into ``folder``.
 
         Returns:
             For every sample, in order, the file that :meth:`collect` is to show: its own, or one that holds it too.
@@ -53,46 +65,53 @@ class ImageWriter(Writer):
     """Images as PNG: single files pixel by pixel, overviews as a square grid of tiles enlarged to be visible.
 
     One channel is written as gray, three as colour; any other number as gray channels side by side. A batch that has
-    ``before`` (what was known of each sample), and perhaps ``truth``, is shown in panels: before, sample, truth.
+    ``before`` (what was known of each sample) is shown in panels: before, then ``bicubic``, ``teacher``, the sample and
+    ``truth``, of which any but the sample may be missing. All are shown in the size of the sample, by repeating pixels.
 
     Args:
         low: value shown as black; lower ones and NaN too.
         high: value shown as white; higher ones too. 8-bit images scaled to [low, high] come back exactly.
         tile: small images are enlarged in overviews by a whole number until their longer side has this many pixels.
         most: an overview shows at most so many images, the first.
+        window: of larger images panels show the middle, so many pixels high and wide, in which they can be compared
+            pixel by pixel.
     """
 
-    def __init__(self, low: float = -1.0, high: float = 1.0, tile: int = 64, most: int = 256) -> None:
+    def __init__(
+        self, low: float = -1.0, high: float = 1.0, tile: int = 64, most: int = 256, window: int = 2048
+    ) -> None:
         if not low < high:
             raise ValueError(f"the value range [{low}, {high}] of the images is empty: low must be below high")
         self.low = low
         self.high = high
         self.tile = tile
         self.most = most
+        self.window = window
 
     def save(self, batch: Batch, stem: Path) -> list[Path]:
         """One grid, row by row, as ``stem.png``."""
         return [self._write(self._grid(self._tiles(batch)), with_suffix(stem, ".png"))]
 
     def save_each(self, batch: Batch, folder: Path) -> list[Path]:
-        """``folder/NUMBER.png`` in the images' own size; their panels, if any, are ``folder/panels/NUMBER.png``."""
-        numbers, pixels = numbers_of(batch), self._pixels(batch["x"])
-        files = [self._write(image, folder / f"{i:06d}.png") for i, image in zip(numbers, pixels, strict=True)]
+        """``folder/NAME.png`` in the images' own size; their panels, if any, are ``folder/panels/NAME.png``.
+
+        What panels show is said in ``folder/panels/README.txt``.
+        """
+        names, pixels = names_of(batch), self._pixels(batch["x"])
+        files = [
+            self._write(image, with_suffix(folder / name, ".png")) for name, image in zip(names, pixels, strict=True)
+        ]
         if "before" not in batch:
             return files
-        panels = zip(files, self._tiles(batch), strict=True)
-        return [self._write(panel, folder / "panels" / file.name) for file, panel in panels]
+        with atomic_write(folder / "panels" / "README.txt") as text:
+            text.write(f"From left to right: {', '.join(_PANEL[name] for name in _PANEL if name in batch)}.\n".encode())
+        panels = zip(names, self._tiles(batch), strict=True)
+        return [self._write(panel, with_suffix(folder / "panels" / name, ".png")) for name, panel in panels]
 
     def collect(self, files: Sequence[Path], stem: Path) -> list[Path]:
-        """The grid of the first images as ``stem.png``."""
-        from PIL import Image
-
-        images = []
-        for file in files[: self.most]:
-            with Image.open(file) as image:
-                images.append(torch.from_numpy(np.array(image)))
-        pixels = torch.stack(images)
-        pixels = pixels[:, None] if pixels.dim() == 3 else pixels.movedim(3, 1)
+        """The grid of the first images as ``stem.png``; those of different or large sizes are shown small."""
+        box = _box(files[: self.most])
+        pixels = torch.stack([_opened(file, box) for file in files[: self.most]])
         return [self._write(self._grid(pixels), with_suffix(stem, ".png"))]
 
     def log(self, logger: Logger, tag: str, batch: Batch, step: int) -> None:
@@ -104,7 +123,9 @@ class ImageWriter(Writer):
         """(B, C, H, W) uint8: the samples, or panels of them, enlarged, with what is known and the truth."""
         if "before" not in batch:
             return self._pixels(batch["x"])
-        images = [self._enlarge(self._pixels(batch[name])) for name in ("before", "x", "truth") if name in batch]
+        size = tuple(batch["x"].shape[2:])
+        shown = [_middle(batch[name], size, self.window) for name in _PANEL if name in batch]
+        images = [self._enlarge(self._pixels(image)) for image in shown]
         joined = torch.cat([F.pad(image, (_LINE, 0), value=_WHITE) for image in images], dim=3)
         return F.pad(joined, (0, _LINE, _LINE, _LINE), value=_WHITE)
 
@@ -125,10 +146,11 @@ class ImageWriter(Writer):
         columns = math.ceil(math.sqrt(len(pixels) / max(1, pixels.shape[3] // pixels.shape[2])))
         rows = math.ceil(len(pixels) / columns)
         gap = max(2, max(pixels.shape[2:]) // 32)
-        tiles = F.pad(F.pad(pixels, (0, gap, 0, gap), value=128), (0,) * 7 + (rows * columns - len(pixels),), value=128)
+        empty = rows * columns - len(pixels)
+        tiles = F.pad(F.pad(pixels, (0, gap, 0, gap), value=_GROUND), (0,) * 7 + (empty,), value=_GROUND)
         _, channels, height, width = tiles.shape
         grid = tiles.reshape(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
-        return F.pad(grid.reshape(channels, rows * height, columns * width), (gap, 0, gap, 0), value=128)
+        return F.pad(grid.reshape(channels, rows * height, columns * width), (gap, 0, gap, 0), value=_GROUND)
 
     def _enlarge(self, pixels: Tensor) -> Tensor:
         """Every pixel repeated until the longer side has ``tile`` pixels."""
@@ -142,6 +164,44 @@ class ImageWriter(Writer):
         with atomic_write(path) as file:
             Image.fromarray(array.numpy()).save(file, format="PNG")
         return path
+
+
+def _middle(images: Tensor, size: Sequence[int], window: int) -> Tensor:
+    """(B, C, h, w) with every pixel repeated to the whole ``size``, at most ``window`` x ``window`` of the middle."""
+    for dim, whole in zip((2, 3), size, strict=True):
+        kept = min(whole, window)
+        places = (whole - kept) // 2 + torch.arange(kept, device=images.device)
+        images = images.index_select(dim, places * images.shape[dim] // whole)
+    return images
+
+
+def _box(files: Sequence[Path]) -> tuple[int, int] | None:
+    """Width and height in which all pictures are to be shown; None if they are of one kind and not large."""
+    from PIL import Image
+
+    kinds, shapes = set(), []
+    for file in files:
+        with Image.open(file) as image:  # reads no pixels yet
+            kinds.add((image.mode, image.size))
+            shapes.append(image.width / image.height)
+    tallest = max(size[1] for _, size in kinds)
+    if len(kinds) == 1 and tallest <= 2 * _SMALL:
+        return None
+    height = min(_SMALL, tallest)
+    return max(1, round(height * min(_WIDEST, statistics.median(shapes)))), height
+
+
+def _opened(file: Path, box: tuple[int, int] | None) -> Tensor:
+    """(1 or 3, H, W) uint8; in a ``box`` always (3, height, width), with gray around."""
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as opened:
+        if box is None:
+            pixels = torch.from_numpy(np.array(opened))
+        else:
+            color, method = (_GROUND,) * 3, Image.Resampling.LANCZOS
+            pixels = torch.from_numpy(np.array(ImageOps.pad(opened.convert("RGB"), box, method=method, color=color)))
+    return pixels[None] if pixels.dim() == 2 else pixels.movedim(2, 0)
 
 
 def writer_for(spec: dict[str, Any]) -> Writer:
@@ -173,6 +233,17 @@ def numbers_of(batch: Batch) -> list[int]:
     """The numbers of the samples in a batch."""
     numbers: list[int] = (batch["index"] if "index" in batch else torch.arange(len(batch["x"]))).tolist()
     return numbers
+
+
+def names_of(batch: Batch) -> list[str]:
+    """The names of the samples in a batch: their own or, in six digits, their numbers."""
+    own: Any = batch.get("name")
+    return [f"{number:06d}" for number in numbers_of(batch)] if own is None else list(own)
+
+
+def shown_name(file: Path) -> str:
+    """What a sample is called that ``save_each`` wrote to ``file``: its number without zeros in front, or its name."""
+    return str(int(file.stem)) if file.stem.isdecimal() else file.stem
 
 
 def with_suffix(stem: Path, suffix: str) -> Path:

@@ -3,8 +3,10 @@
 from lightning_sgm.methods.base import GenerativeModule
 from lightning_sgm.methods.classifier import Classifier
 from lightning_sgm.methods.completion import Complete
+from lightning_sgm.methods.distillation import Distillation
 from lightning_sgm.methods.gdss import GDSS
 from lightning_sgm.methods.radd import RADD
+from lightning_sgm.methods.resshift import ResShift
 from lightning_sgm.methods.score_sde import ScoreSDE
 from lightning_sgm.methods.tasks import Colourise, Inpaint, Restore, Task
 
@@ -14,8 +16,10 @@ __all__ = [
     "Classifier",
     "Colourise",
     "Complete",
+    "Distillation",
     "GenerativeModule",
     "Inpaint",
+    "ResShift",
     "Restore",
     "ScoreSDE",
     "Task",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -14,13 +14,15 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from lightning_sgm.methods import learning_rate
-from lightning_sgm.methods.judging import feed, judge, prepare
+from lightning_sgm.methods.judging import Rivalry, feed, judge, prepare
 from lightning_sgm.methods.learning_rate import Decay
 from lightning_sgm.metrics.base import ExampleMean
+from lightning_sgm.optimizers import make_optimizer
 from lightning_sgm.random import Draw, mix, run_seed
 
 Batch = dict[str, Tensor]
@@ -56,10 +58,15 @@ class GenerativeModule(LightningModule):
 
     Attributes:
         ema_parts: names of the trained parts, which the EMA averages and compile sees.
+        unsaved: prefixes of the names of weights that checkpoints leave out, as they come from elsewhere.
         last_loss: detached loss of the latest training step, for progress displays.
+        on_part: set by progress displays; a method that makes a sample in parts calls it with those done and in all.
+        rivals: names of what :meth:`rivals_of` gives; () for a method whose samples do not complete data.
     """
 
     ema_parts: tuple[str, ...] = ("network",)
+    unsaved: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
     network: nn.Module
 
     def __init__(
@@ -88,9 +95,12 @@ class GenerativeModule(LightningModule):
         self.drop = drop or {}
         self.test_samples, self.val_samples = test_samples, val_samples
         self.metrics: list[Metric] = list(metrics or [])
+        self._rivalry: Rivalry | None = None
         self.means = nn.ModuleDict()
         self.last_loss: Tensor | None = None
+        self.on_part: Callable[[int, int], None] | None = None
         self._sums: dict[str, Tensor] = {}
+        self._latest: dict[str, Tensor] = {}
         self._summed = 0
         self._logged_at = 0
         # Sampling: a process without a share has nothing to do.
@@ -126,6 +136,20 @@ class GenerativeModule(LightningModule):
             raise ValueError(f"{folder} holds a {type(module).__name__}, not a {cls.__name__}")
         return module
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what is ``unsaved``."""
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in weights.items() if not name.startswith(self.unsaved)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put what is ``unsaved`` in, as it is: loading stays strict about everything else."""
+        own = {name: value for name, value in self.state_dict().items() if name.startswith(self.unsaved)}
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}
+
+    def exported(self) -> GenerativeModule:
+        """The model that ``export`` writes."""
+        return self
+
     # What a method gives.
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
@@ -135,6 +159,19 @@ class GenerativeModule(LightningModule):
     def sample(self, indices: Tensor, **conditions: Any) -> Batch:
         """A batch whose "x" holds the samples numbered ``indices`` (n,), each a function of (run seed, number)."""
         raise NotImplementedError
+
+    def rivals_of(self, batch: Batch) -> dict[str, Tensor]:
+        """Of a method that completes data: its own answer as "samples" and others, each to be compared with "x"."""
+        raise NotImplementedError
+
+    def inputs(self, path: str) -> Sequence[dict[str, Any]]:
+        """What ``predict`` is to complete from a file or folder: batches of one with "index" and "name", read late.
+
+        Raises:
+            ValueError: the method completes no files.
+            FileNotFoundError: no such file.
+        """
+        raise ValueError(f"{type(self).__name__} completes no files: leave out --data.path")
 
     @property
     def samples_wanted(self) -> int:
@@ -204,13 +241,20 @@ class GenerativeModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a batch; terms are summed on the device and logged at the trainer's cadence."""
         terms = self.losses(batch, self._train_draw(batch))
-        loss = terms["loss"].mean()
-        self.last_loss = loss.detach()
-        for name, term in terms.items():
-            value = term.detach().mean()
+        self.tally({name: term.detach().mean() for name, term in terms.items()})
+        return terms["loss"].mean()
+
+    def tally(self, means: dict[str, Tensor], latest: dict[str, Tensor] | None = None) -> None:
+        """Keep a step's numbers, scalars on the device, for the next time of logging.
+
+        Args:
+            means: of terms, "loss" among them; their mean over the steps is logged.
+            latest: logged as they are in the last step.
+        """
+        self.last_loss, self._latest = means["loss"], latest or {}
+        for name, value in means.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._summed += 1
-        return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log means since the last time, learning rate included; stop on a loss that is no longer a number."""
@@ -226,6 +270,7 @@ class GenerativeModule(LightningModule):
                     f"the training loss is not a number in the {self._cadence} updates before update {self.updates}: "
                     f"{values}; the last good checkpoint is kept. Lower the learning rate or clip gradients."
                 )
+            values |= {f"train/{name}": float(value) for name, value in self._latest.items()}
             values["train/learning_rate"] = float(self.trainer.optimizers[0].param_groups[0]["lr"])
             for logger in self.loggers:
                 logger.log_metrics(values, step=self.updates)
@@ -243,13 +288,12 @@ class GenerativeModule(LightningModule):
     def on_validation_start(self) -> None:
         """As :meth:`on_test_start`, where validations draw samples."""
         if self._judging:
-            prepare(self, self.metrics)
+            self._prepare_judgement()
 
     def on_validation_epoch_end(self) -> None:
         """Judge samples, where validations draw them."""
         if self._judging:
-            values = judge(self, self.metrics, self.val_samples, floor=False)
-            self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
+            self._judge("val", self.val_samples)
 
     @property
     def _judging(self) -> bool:
@@ -273,18 +317,31 @@ class GenerativeModule(LightningModule):
 
     def on_test_start(self) -> None:
         """Metrics are no parts of the model (their feature networks stay out of its checkpoints)."""
-        prepare(self, self.metrics)
+        self._prepare_judgement()
 
     def feed_real(self, batch: Batch) -> None:
-        """Show real data to the metrics of samples."""
+        """Show real data to the metrics of samples, and where samples complete data, those too."""
+        if self._rivalry is not None:
+            self._rivalry.update(self.rivals_of(batch), batch["x"], self.sampler_evaluations)
+            return
         for metric in self.metrics:
             feed(metric, batch, real=True)
 
     def on_test_epoch_end(self) -> None:
         """Judge samples and, as the floor, training data by the same metrics."""
         if self.metrics:
-            values = judge(self, self.metrics, self.test_samples)
-            self.log_dict({f"test/{name}": value for name, value in values.items()}, sync_dist=True)
+            self._judge("test", self.test_samples)
+
+    def _prepare_judgement(self) -> None:
+        prepare(self, self.metrics)
+        self._rivalry = Rivalry(self.metrics, self.rivals) if self.rivals and self.metrics else None
+
+    def _judge(self, stage: str, count: int) -> None:
+        if self._rivalry is not None:
+            values, self._rivalry = self._rivalry.compute(self), None
+        else:
+            values = judge(self, self.metrics, count, floor=stage == "test")
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
 
     # Sampling.
 
@@ -330,23 +387,17 @@ class GenerativeModule(LightningModule):
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError(f"{type(self.network).__name__} has nothing to train: use test or predict")
-        try:
-            optimizer = self.optimizer(named)
-        except (AttributeError, TypeError) as error:
-            raise ValueError(
-                f"the optimizer must take (name, parameter) pairs, as torch's do: {error}; a function of yours finds "
-                "the parameters by [parameter for _, parameter in pairs]"
-            ) from error
-        # Lightning refuses to clip for fused optimisers that unscale gradients themselves: let its scaler do that.
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer = make_optimizer(self.optimizer, named)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}}
+
+    def schedule(self, optimizer: Optimizer) -> LambdaLR:
+        """Warm-up and decay per update."""
         if self.trainer.max_steps == -1 and self.trainer.max_epochs == -1:
             learning_rate.check_end(self.decay)
         factor = learning_rate.factor_of(
             self.warmup, self.decay, lambda: self.trainer.estimated_stepping_batches, self._epoch
         )
-        scheduler = LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return LambdaLR(optimizer, factor)
 
     def _epoch(self) -> float:
         """Updates of an epoch."""

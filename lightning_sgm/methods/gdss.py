@@ -16,7 +16,8 @@ from torchmetrics import Metric
 from lightning_sgm.denoiser import Preconditioning
 from lightning_sgm.joint_denoiser import JointDenoiser
 from lightning_sgm.methods.base import Batch, Curve, GenerativeModule
-from lightning_sgm.methods.denormals import flushed, without_denormals
+from lightning_sgm.methods.denormals import without_denormals
+from lightning_sgm.methods.graph_checks import require_clipping, require_judges, require_node_mask
 from lightning_sgm.methods.graph_pictures import loss_curves, reverse_strips
 from lightning_sgm.methods.learning_rate import Decay
 from lightning_sgm.metrics.graphs import describe
@@ -57,7 +58,7 @@ class GDSS(GenerativeModule):
             most): the model's law given that. The mean number of evaluations tells what it costs.
         spec, optimizer, warmup, decay, exact, drop, metrics, test_samples, val_samples: see :class:`GenerativeModule`;
             Adam at 0.01 with the paper's L2 decay of 1e-4, and 0.999 per epoch. ``trainer.gradient_clip_val`` holds for
-            each of the two networks.
+            each of the two networks, and for the embedding of the time where they have one.
     """
 
     def __init__(
@@ -115,13 +116,12 @@ class GDSS(GenerativeModule):
         self.start: Start = start
         self.nodes, self.connected = nodes, connected
         self._evaluations = 0.0
-        self._flushed = False
 
     def on_fit_start(self) -> None:
-        """Say what is trained, and where its samples will start wrong."""
+        """Refuse what would stop training later; say what is trained, and where its samples will start wrong."""
+        require_clipping(self.trainer)
+        require_judges(self)
         super().on_fit_start()
-        self._flushed = flushed()
-        torch.set_flush_denormal(True)  # see methods/denormals.py
         kept = {name: float(part.alpha(as_time(1.0))) for name, part in self.process.items()}
         if self.start == "standard" and max(kept.values()) > _KEPT:
             told = ", ".join(f"{value:.0%} of {name}" for name, value in kept.items())
@@ -130,14 +130,24 @@ class GDSS(GenerativeModule):
                 "ended. That is the paper's choice; model.start: matched starts from the data's mean and variance"
             )
 
-    def on_fit_end(self) -> None:
-        """Give the CPU back as it was."""
-        torch.set_flush_denormal(self._flushed)
-
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Denoising error of nodes and edges per graph, (B,): "loss" = "loss_x" + "loss_adj"."""
         state = {name: batch[name] for name in _COMPONENTS}
-        return self.objective(self.denoiser, state, draw, **self.conditions(batch))
+        with without_denormals():
+            terms: dict[str, Tensor] = self.objective(self.denoiser, state, draw, **self.conditions(batch))
+        return terms
+
+    # Each piece of work flushes denormals for itself: Lightning tells a model that a fit begins, not that it failed.
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, with denormals as 0."""
+        with without_denormals():
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, with denormals as 0."""
+        with without_denormals():
+            super().optimizer_step(*args, **kwargs)
 
     def configure_gradient_clipping(
         self,
@@ -145,11 +155,12 @@ class GDSS(GenerativeModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients of each network on its own: one learning slowly does not slow the other."""
+        """Clip the gradients of each network on its own: one learning slowly does not slow the other.
+
+        What both networks share, the embedding of the time under ``time: true``, is clipped on its own too.
+        """
         if not gradient_clip_val:
             return
-        if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError("GDSS clips the norm of each network's gradient: leave out gradient_clip_algorithm")
         own = self.network.parameters(recurse=False)  # a network of yours may have parameters in no part
         for parameters in map(list, (own, *(part.parameters() for part in self.network.children()))):
             if parameters:
@@ -163,10 +174,15 @@ class GDSS(GenerativeModule):
         Args:
             indices: (n,) numbers of the samples.
             conditions: ``node_mask`` (n, N) bool, its nodes first, to say which nodes each graph has.
+
+        Raises:
+            ValueError: node_mask has another form, or more nodes than the data's largest graph.
         """
         node_mask = conditions.get("node_mask")
         if node_mask is None:
             node_mask = self.draw_node_mask(indices)
+        else:
+            require_node_mask(node_mask, len(indices), self.spec["nodes"])
         found = self._attempt(indices, node_mask, 0)
         spent = self.sampler.evaluations * len(indices)
         for attempt in range(1, _ATTEMPTS if self.connected else 1):
@@ -258,4 +274,5 @@ class GDSS(GenerativeModule):
 
     def pictures(self) -> dict[str, Batch | Curve]:
         """Graphs coming out of the noise, and the losses over time."""
-        return {"reverse_process": reverse_strips(self), **loss_curves(self)}
+        with without_denormals():
+            return {"reverse_process": reverse_strips(self), **loss_curves(self)}

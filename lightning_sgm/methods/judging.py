@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,9 +60,45 @@ def judge(module: GenerativeModule, metrics: list[Metric], count: int, floor: bo
     for metric in metrics:
         results |= _named(metric, "samples")
         metric.reset()
-    totals = torch.tensor([evaluations, drawn], dtype=torch.float64, device=module.device)
+    return results | {"samples/evaluations": _mean_over_processes(module, evaluations, drawn)}
+
+
+class Rivalry:
+    """What several ways make of the same data, judged side by side: a copy of every metric for each of them.
+
+    Args:
+        metrics: what judges them.
+        names: of the ways; the same on every process.
+    """
+
+    def __init__(self, metrics: list[Metric], names: Sequence[str]) -> None:
+        self._judges = {name: [copy.deepcopy(metric) for metric in metrics] for name in names}
+        self._evaluations, self._seen = 0.0, 0
+
+    def update(self, found: dict[str, Tensor], truth: Tensor, evaluations: float) -> None:
+        """Add images or the like, (B, *) each, made of the data whose ``truth`` (B, *) is known.
+
+        ``evaluations`` is what one of the "samples" cost.
+        """
+        for name, metrics in self._judges.items():
+            for metric in metrics:
+                feed(metric, {"x": truth}, real=True)
+                feed(metric, {"x": found[name], "truth": truth}, real=False)
+        self._evaluations, self._seen = self._evaluations + evaluations * len(truth), self._seen + len(truth)
+
+    def compute(self, module: GenerativeModule) -> dict[str, Tensor]:
+        """"WAY/METRIC" of all processes together, scalars, and "samples/evaluations"."""
+        results: dict[str, Tensor] = {}
+        for name, metrics in self._judges.items():
+            for metric in metrics:
+                results |= _named(metric, name)
+        return results | {"samples/evaluations": _mean_over_processes(module, self._evaluations, self._seen)}
+
+
+def _mean_over_processes(module: GenerativeModule, total: float, count: int) -> Tensor:
+    totals = torch.tensor([total, count], dtype=torch.float64, device=module.device)
     totals = module.trainer.strategy.reduce(totals, reduce_op="sum")
-    return results | {"samples/evaluations": (totals[0] / totals[1]).float()}
+    return (totals[0] / totals[1]).float()
 
 
 def _training_examples(module: GenerativeModule, count: int) -> Batch | None:

@@ -13,6 +13,7 @@ from lightning_sgm.methods.base import Batch, Curve
 from lightning_sgm.processes.gaussian import Level, as_time, match
 
 if TYPE_CHECKING:
+    from lightning_sgm.methods.resshift import ResShift
     from lightning_sgm.methods.score_sde import ScoreSDE
 
 _STRIPS, _FRAMES, _TILE, _NOISY = 6, 10, 64, 5.0
@@ -43,17 +44,19 @@ def denoising_strips(module: ScoreSDE) -> Batch:
     return {"x": rows[None]}
 
 
-def loss_curve(module: ScoreSDE) -> Curve | None:
+def loss_curve(module: ScoreSDE | ResShift) -> Curve | None:
     """Mean loss of validation examples at levels spread evenly in ln(sigma / alpha); None without a DataModule."""
     data: Any = getattr(module.trainer, "datamodule", None)
     if data is None or not hasattr(data, "examples"):
         return None
     count = max(_EXAMPLES, _VALUES // math.prod(module.spec["shape"]))  # small examples are many, or the curve is rough
     batch = {name: value.to(module.device) for name, value in data.examples("val", count).items()}
-    x, count = batch["x"], len(batch["x"])
+    x, conditions = module.encode(batch)
+    count = len(x)
     ends = [float(-0.5 * module.process.log_snr(as_time(t))) for t in (module.process.t_min, 1.0 - 1e-3)]
     log_ratio = torch.linspace(max(ends[0], -8.0), min(ends[1], 8.0), _LEVELS, dtype=torch.float64)
     times = module.process.t_from_log_snr(-2.0 * log_ratio).to(module.device)
-    draw, conditions = module.evaluation_draw(batch), module.conditions(batch)
+    draw = module.evaluation_draw(batch)
+    conditions = {name: conditions[name] for name in module.denoiser.conditions}
     losses = [module.objective.at(t.expand(count), module.denoiser, x, draw, **conditions).mean() for t in times]
     return Curve(log_ratio.exp(), torch.stack(losses).cpu(), "sigma / alpha", "loss", log_x=True)

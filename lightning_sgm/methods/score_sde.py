@@ -17,6 +17,7 @@ from lightning_sgm.guidance.classes import ClassifierFree
 from lightning_sgm.likelihood import Likelihood
 from lightning_sgm.methods.base import Batch, Curve, GenerativeModule
 from lightning_sgm.methods.density import DensityTest
+from lightning_sgm.methods.encoded import Encoded
 from lightning_sgm.methods.learning_rate import Decay
 from lightning_sgm.methods.pictures import denoising_strips, loss_curve
 from lightning_sgm.methods.tasks import Task
@@ -121,6 +122,10 @@ class ScoreSDE(GenerativeModule):
         super().on_fit_start()
         if isinstance(self.guided, ClassifierFree) and not self.drop.get("label"):
             rank_zero_warn("ClassifierFree will ask for answers without a class: train them with drop: {label: 0.1}")
+
+    def encode(self, batch: Batch) -> Encoded:
+        """The data as they are, and the conditions that the network asks for."""
+        return Encoded(batch["x"], self.conditions(batch))
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Weighted denoising error per example, (B,)."""

@@ -13,7 +13,7 @@ from lightning_sgm.metrics.images import FrechetDistance
 from lightning_sgm.metrics.likelihood import BitsPerDim, TokenLikelihood
 from lightning_sgm.metrics.molecules import MoleculeQuality, SimilarityToData
 from lightning_sgm.metrics.nspdk import NSPDK
-from lightning_sgm.metrics.perceptual import LPIPS, STLPIPS, NoReference
+from lightning_sgm.metrics.perceptual import LPIPS, STLPIPS, NoReference, PerceptualDistance
 from lightning_sgm.metrics.restoration import Fidelity
 from lightning_sgm.metrics.text import NGramJudge, UnigramEntropy
 

@@ -60,7 +60,7 @@ class _Mean(DoubleMetric):
         return self.total / self.images
 
 
-class _Distance(_Mean):
+class PerceptualDistance(_Mean):
     """Distance of restored images from the true ones, for a network of two images in [-1, 1]."""
 
     def update(self, x: Tensor, truth: Tensor, real: bool = False) -> None:
@@ -79,8 +79,14 @@ class _Distance(_Mean):
             raise ValueError(f"{self.name} needs images of at least {_LEAST} x {_LEAST} pixels, got {x.shape[-2:]}")
         self._judge(*(_colors(side) * 2 - 1 for side in (x, truth)))
 
+    def distances(self, x: Tensor, truth: Tensor) -> Tensor:
+        """(B,) float32 distances of images (B, 3, H, W) in [-1, 1] as they are, with gradients: for losses."""
+        network = self._network[0].to(x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            return network(x.float(), truth.float()).flatten()
 
-class STLPIPS(_Distance):
+
+class STLPIPS(PerceptualDistance):
     """Shift-tolerant LPIPS on AlexNet (Ghildyal and Liu 2022, 2207.13686); 0 is best. It is not LPIPS.
 
     The weights come with the package stlpips-pytorch, whose file is read and whose code is not run. On bicubic x4 it
@@ -94,7 +100,7 @@ class STLPIPS(_Distance):
         super().__init__("st_lpips", _ShiftTolerant(_read_weights()))
 
 
-class LPIPS(_Distance):
+class LPIPS(PerceptualDistance):
     """LPIPS (Zhang et al. 2018, 1801.03924) by torchmetrics; 0 is best. Values of "alex" and "vgg" do not compare.
 
     Args:

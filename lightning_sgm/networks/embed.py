@@ -21,18 +21,20 @@ class SinusoidalEmbedding(nn.Module):
         width: even number of features.
         period: the largest period, in units of the label over 2 pi.
         shift: 1 makes the last frequency exactly 1/period (score_sde, EDM), 0 is the transformers' form.
+        cosines_first: the cosines before the sines, as in ADM's code and what grew from it (ResShift).
     """
 
-    def __init__(self, width: int, period: float = 10000.0, shift: int = 0) -> None:
+    def __init__(self, width: int, period: float = 10000.0, shift: int = 0, cosines_first: bool = False) -> None:
         super().__init__()
         if width % 2 or width // 2 <= shift:
             raise ValueError(f"a sinusoidal embedding needs an even width above {2 * shift}, got {width}")
-        self.width, self.period, self.shift = width, period, shift
+        self.width, self.period, self.shift, self.cosines_first = width, period, shift, cosines_first
 
     def forward(self, label: Tensor) -> Tensor:
         """(B,) to (B, width)."""
         steps = torch.arange(self.width // 2, dtype=torch.float64, device=label.device)
-        return sin_cos(label, torch.exp(-math.log(self.period) / (self.width // 2 - self.shift) * steps))
+        embedded = sin_cos(label, torch.exp(-math.log(self.period) / (self.width // 2 - self.shift) * steps))
+        return embedded.roll(self.width // 2, -1) if self.cosines_first else embedded
 
 
 class FourierEmbedding(nn.Module):

@@ -1,13 +1,16 @@
 """Training losses: they draw times or masks and return named values per example."""
 
+from lightning_sgm.objectives.adversarial import Adversarial
 from lightning_sgm.objectives.denoising import (
     ChainTimes,
+    DataWeight,
     DenoisingObjective,
     EDMWeight,
     LikelihoodWeight,
     LogNormalRatio,
     MinSNR,
     NoiseWeight,
+    PosteriorWeight,
     Times,
     UniformLogSNR,
     UniformTime,
@@ -15,19 +18,38 @@ from lightning_sgm.objectives.denoising import (
     VWeight,
     Weight,
 )
+from lightning_sgm.objectives.distillation import (
+    Data,
+    GroundTruth,
+    HighFrequencyScore,
+    Inverse,
+    Phase,
+    Regression,
+    Term,
+)
 from lightning_sgm.objectives.joint import JointObjective
 from lightning_sgm.objectives.masked import MaskedObjective
 
 __all__ = [
+    "Adversarial",
     "ChainTimes",
+    "Data",
+    "DataWeight",
     "DenoisingObjective",
     "EDMWeight",
+    "GroundTruth",
+    "HighFrequencyScore",
+    "Inverse",
     "JointObjective",
     "LikelihoodWeight",
     "LogNormalRatio",
     "MaskedObjective",
     "MinSNR",
     "NoiseWeight",
+    "Phase",
+    "PosteriorWeight",
+    "Regression",
+    "Term",
     "Times",
     "UniformLogSNR",
     "UniformTime",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_sgm.denoiser import BaseDenoiser
-from lightning_sgm.processes.chains import as_chain
+from lightning_sgm.processes.chains import Chain, as_chain
 from lightning_sgm.processes.gaussian import GaussianProcess, Level, as_time, match
 from lightning_sgm.random import Draw
 
@@ -57,20 +57,38 @@ class ChainTimes(Times):
 
     Args:
         stratified: see :class:`UniformTime`.
+        first: smallest index; a negative one counts from the end, -1 being the chain's last.
+        last: largest index, likewise; None for the chain's last.
     """
 
-    def __init__(self, stratified: bool = True) -> None:
-        self.stratified = stratified
+    def __init__(self, stratified: bool = True, first: int = 0, last: int | None = None) -> None:
+        self.stratified, self.first, self.last = stratified, first, last
+
+    def indices(self, steps: int) -> tuple[int, int]:
+        """First and last index in a chain of ``steps``.
+
+        Raises:
+            ValueError: the chain does not have them, or there are none.
+        """
+        last = -1 if self.last is None else self.last
+        first, last = (index + steps if index < 0 else index for index in (self.first, last))
+        if not 0 <= first <= last < steps:
+            raise ValueError(
+                f"ChainTimes from first={self.first} to last={self.last} does not fit a chain of {steps} steps, whose "
+                f"indices are 0 to {steps - 1} (or -{steps} to -1, from the end)"
+            )
+        return first, last
 
     def __call__(self, process: GaussianProcess, count: int, draw: Draw) -> Tensor:
         """(count,) float64 times.
 
         Raises:
-            ValueError: the process is no discrete chain.
+            ValueError: the process is no discrete chain, or has not these indices.
         """
         chain = as_chain(process, "ChainTimes")
-        index = (_uniform(count, draw, self.stratified) * chain.steps).long()
-        return chain.time(index.clamp_max(chain.steps - 1))
+        first, last = self.indices(chain.steps)
+        index = first + (_uniform(count, draw, self.stratified) * (last - first + 1)).long()
+        return chain.time(index.clamp_max(last))
 
 
 class LogNormalRatio(Times):
@@ -176,6 +194,43 @@ class LikelihoodWeight(Weight):
         return (process.diffusion(level.t) / level.sigma) ** 2
 
 
+class DataWeight(Weight):
+    """The plain x_0 error: ResShift's unweighted loss (Yue et al. 2023), for networks that say x_0 or y - x_0."""
+
+    of = "x0"
+
+    def __call__(self, level: Level, process: GaussianProcess) -> Tensor:
+        """1."""
+        return torch.ones_like(level.t)
+
+
+class PosteriorWeight(Weight):
+    """What the x_0 error at an index of a chain adds to the likelihood bound: ResShift's weighted loss.
+
+    c^2 / (2 v), with c the share of x_0 in the mean of the posterior of one index less and v its variance, that of
+    index 1 in place of index 0, where it is 0. In every chain this is the term of Ho et al. 2020, eq. 8, per dimension.
+    """
+
+    of = "x0"
+
+    def __call__(self, level: Level, process: GaussianProcess) -> Tensor:
+        """c^2 / (2 v).
+
+        Raises:
+            ValueError: the process is no discrete chain.
+        """
+        chain = as_chain(process, "PosteriorWeight")
+        share, _ = _step_back(chain, level)
+        _, std = _step_back(chain, chain.level(level.t.clamp_min(2.0 * chain.chain_step)))
+        return 0.5 * (share / std) ** 2
+
+
+def _step_back(chain: Chain, level: Level) -> tuple[Tensor, Tensor]:
+    """(share of x_0 in the mean, standard deviation) of the posterior one index before ``level``."""
+    before = chain.level((level.t - chain.chain_step).clamp_min(0.0))
+    return chain.posterior(torch.ones_like(level.t), torch.zeros_like(level.t), level, before)
+
+
 class EDMWeight(Weight):
     """1 / c_out^2: the plain squared error of a network under EDM preconditioning (Karras et al. 2022, table 1).
 
@@ -278,7 +333,10 @@ class DenoisingObjective:
         level = process.level(times, x0.device)
         noise = draw.normal(x0.shape, x0.dtype).to(x0.device)
         answer = getattr(denoiser, self.weight.of)(process.perturb(x0, level, noise), level.t, **conditions)
-        squared = self.squared(answer, x0, noise, level, process)
+        return self.reduce(self.squared(answer, x0, noise, level, process))
+
+    def reduce(self, squared: Tensor) -> Tensor:
+        """Losses (B,) of squared errors (B, D)."""
         return squared.mean(1) if self.reduction == "mean" else 0.5 * squared.sum(1)
 
     def squared(self, answer: Tensor, x0: Tensor, noise: Tensor, level: Level, process: GaussianProcess) -> Tensor:

@@ -180,6 +180,58 @@ def test_predict_shows_samples(tmp_path: Path, clock: list[float], capsys: Any):
     assert lines(capsys, "predict")[0].startswith("predict 1/2 (50.0%)")
 
 
+def test_predict_on_several_processes_ends_at_all_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    """Of 10 on 3 processes the first has 4, which stand for 12."""
+    monkeypatch.setattr(pl.Trainer, "world_size", property(lambda self: 3))
+    first = Numbers()
+    monkeypatch.setattr(Numbers, "__iter__", lambda self: iter([{"index": torch.arange(4), "x": torch.zeros(4, 3)}]))
+    monkeypatch.setattr(Numbers, "__len__", lambda self: 1)
+    run(tmp_path, Progress()).predict(module(), first, return_predictions=False)
+    assert lines(capsys, "sample")[-1].startswith("sample 10/10 (100.0%)")
+
+
+class Files(Numbers):
+    """Two pictures."""
+
+    count, label = 2, "file"
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for i in range(2):
+            yield {"index": torch.tensor([i]), "x": torch.zeros(1, 3)}
+
+
+class InParts(Tiny):
+    """Makes a sample in three parts of 4 s."""
+
+    on_part: Any = None
+    turn: Any = None
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        for part in range(3):
+            self.turn()
+            self.on_part(part + 1, 3)
+        return super().predict_step(batch, batch_idx)
+
+
+def test_parts_of_a_sample_are_shown(tmp_path: Path, clock: list[float], capsys: Any):
+    model = module(InParts)
+    model.turn = turn(clock, 4)
+    run(tmp_path, Progress(refresh=4)).predict(model, Files(), return_predictions=False)
+    assert [line.partition("  elapsed")[0] for line in lines(capsys, "file")] == [
+        "file 0/2 (0.0%)  part 1  of 3  0 it/s",
+        "file 0/2 (0.0%)  part 2  of 3  0 it/s",
+        "file 0/2 (0.0%)  part 3  of 3  0 it/s",
+        "file 1/2 (50.0%)  part 1  of 3  0.0625 it/s",
+        "file 1/2 (50.0%)  part 2  of 3  0.0625 it/s",
+        "file 1/2 (50.0%)  part 3  of 3  0.0625 it/s",
+        "file 2/2 (100.0%)  0.0833 it/s",
+    ]
+    assert model.on_part is None
+
+
 def test_only_the_first_process_shows_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.setattr(pl.Trainer, "is_global_zero", property(lambda self: False))
     evaluation = run(tmp_path, Progress(refresh=1e-9), max_steps=4, limit_val_batches=1.0)

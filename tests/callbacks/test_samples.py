@@ -230,6 +230,48 @@ def test_two_processes_write_what_one_writes(tmp_path):
         assert file.read_bytes() == (two / file.name).read_bytes()
 
 
+class One(Tiny):
+    """Has one sample, so that the second process is idle."""
+
+    def predict_dataloader(self):
+        numbers: Any = [{"index": 0}][self.global_rank :]
+        return DataLoader(numbers)
+
+
+def test_a_process_without_samples_waits_for_the_others(tmp_path, capfd):
+    predict(One(TEXT), PredictionWriter(), tmp_path, strategy="ddp_fork", devices=2)
+    assert sorted(os.listdir(tmp_path / "predictions")) == ["000000.txt", "samples.txt"]
+    assert "1 samples are in" in capfd.readouterr().out
+
+
+class Named(Tiny):
+    """Its samples have names, and complete something."""
+
+    def predict_step(self, batch, batch_idx):
+        found = super().predict_step(batch, batch_idx)
+        return {**found, "before": -found["x"], "name": [f"a/{i}.x" for i in batch["index"].tolist()]}
+
+
+def test_predictions_with_names(tmp_path, capsys):
+    folder = tmp_path / "restored"
+    folder.mkdir()
+    (folder / "panels").mkdir()
+    predict(Named(IMAGE), PredictionWriter(), tmp_path)
+    assert sorted(os.listdir(folder)) == ["a", "panels", "samples.png"]
+    assert (
+        sorted(os.listdir(folder / "a")) == sorted(os.listdir(folder / "panels/a")) == [f"{i}.x.png" for i in range(5)]
+    )
+    assert gray(folder / "a/3.x.png", 0, 3) == 255
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_earlier_predictions_are_counted(tmp_path, capsys):
+    for name in ("000002.txt", "000099.txt", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    predict(Tiny(TEXT), PredictionWriter(str(tmp_path)), tmp_path)
+    assert "beside them are 1 of earlier predictions" in capsys.readouterr().out
+
+
 def test_two_processes_draw_once(tmp_path):
     class Recorded(Tiny):
         def sample(self, indices, **conditions):

@@ -92,6 +92,16 @@ def test_children_of_a_run_use_its_folder(monkeypatch: pytest.MonkeyPatch):
     assert prepare(["fit", "--config", "radd"]).run_dir == parent
 
 
+@pytest.mark.parametrize("typed", [["--data.path", "my photos"], ["--data.path=my photos"]])
+def test_data_to_predict_are_files_to_complete(typed: list[str]):
+    file = checkpoint("last.ckpt", age=1)
+    assert prepare(["predict", f"--ckpt_path={file}", *typed]).options == ["--path=my photos"]
+    assert prepare(["test", f"--ckpt_path={file}", *typed]).options == typed
+    for missing in (["--data.path"], ["--data.path="], ["--data.path", "--num_samples=3"]):
+        with pytest.raises(UsageError, match=r"--data\.path needs a value after it: a picture or a folder"):
+            prepare(["predict", f"--ckpt_path={file}", *missing])
+
+
 def test_usage_errors():
     with pytest.raises(UsageError, match="--config needs a value"):
         prepare(["fit", "--config"])

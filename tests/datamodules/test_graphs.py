@@ -231,7 +231,8 @@ def test_loaders_and_examples():
     [
         ({"dataset": "planar"}, "no dataset 'planar': choose one of community, ego, grid, small_grid, or give a path"),
         ({"graphs": 0}, "graphs must be at least 1"),
-        ({"graphs": 2}, "community has 2 graphs, and train would have none"),
+        ({"graphs": 2}, "community has 2 graphs, and train would have none: give more"),
+        ({"graphs": 1}, "community has 1 graph, and train and val would have none: give more"),
         ({"features": 0}, "features must be at least 1"),
         (
             {"max_nodes": 12},
@@ -256,8 +257,17 @@ def test_a_degree_beyond_the_features_is_named(tmp_path):
     assert GraphDataModule(path=path, features=7).spec == GraphDataModule(path=path).spec
 
 
-@pytest.mark.parametrize("flag", [0, 1])
-def test_a_test_split_of_all_or_nothing(tmp_path, flag):
-    path = write(tmp_path / "a.npz", cycles(4), is_test=np.full(4, flag))
-    with pytest.raises(ValueError, match="train would have none" if flag else "val and test would have none"):
-        GraphDataModule(path=path)
+@pytest.mark.parametrize(
+    ("is_test", "val_fraction", "message"),
+    [
+        ([1, 1, 1], None, "is_test marks all of 3 graphs, and train would have none: mark some"),
+        ([0, 0, 0], None, "is_test marks none of 3 graphs, and val and test would have none: mark some"),
+        ([0, 0, 0], 0.3, "is_test marks none of 3 graphs, and test would have none: mark some"),
+        ([0, 1, 1], 0.3, "a.npz has 3 graphs, and train would have none: give more"),
+        ([1], None, "a.npz has 1 graph, and train would have none: give more"),
+    ],
+)
+def test_a_test_split_of_all_or_nothing(tmp_path, is_test, val_fraction, message):
+    path = write(tmp_path / "a.npz", cycles(len(is_test)), is_test=np.array(is_test))
+    with pytest.raises(ValueError, match=message):
+        GraphDataModule(path=path, val_fraction=val_fraction)

@@ -109,6 +109,76 @@ def test_examples_are_functions_of_seed_epoch_and_index(tmp_path, degradation):
     assert not torch.equal(everything(moved, "val"), everything(data, "val"))
 
 
+@pytest.mark.parametrize("degradation", ["bicubic", "blind"])
+def test_fixed_examples_are_functions_of_seed_and_index(tmp_path, degradation):
+    arguments = {"path": maps(tmp_path, 5, 96, 112), "factor": 2, "crop": 48, "eval_size": 48, "eval_crops": 5}
+    arguments |= {"degradation": degradation, "crops_per_image": 8}
+    data, other = (ready(**arguments, fixed=True, seed=seed) for seed in (0, 1))
+    assert data.spec["fixed"]
+    assert not ready(**arguments).spec["fixed"]
+    index = torch.arange(32)
+    whole = data.fetch("train", index, 7)
+    mirrored = levels(whole["x"])[:, 1, 0, 0] > levels(whole["x"])[:, 1, 0, 47]
+    assert 6 < mirrored.sum() < 26
+    order = torch.tensor([5, 3, 31, 0, 17])
+    for key in ("x", "low"):
+        for epoch in (None, 0, 8):
+            assert torch.equal(whole[key][order], data.fetch("train", order, epoch)[key])
+            assert torch.equal(whole[key][3:4], data.fetch("train", index[3:4], epoch)[key])
+        assert torch.equal(whole[key], everything(data, "train", key))
+        assert not torch.equal(whole[key], other.fetch("train", index, 7)[key])
+        assert torch.equal(everything(data, "test", key), everything(ready(**arguments), "test", key))
+    assert len({tuple(x[:, 0, 0].tolist()) for x in levels(whole["x"])}) > 24  # different squares, though fixed
+    still = ready(**arguments, fixed=True, flip=False).fetch("train", index, 0)["x"]
+    assert torch.equal(whole["x"], torch.where(mirrored[:, None, None, None], still.flip(-1), still))
+
+
+def test_fixed_training_serves_the_same_pairs_in_another_order(tmp_path):
+    data = ready(path=maps(tmp_path), **SMALL, batch_size=16, fixed=True)
+    loader = data.train_dataloader()
+    epochs = []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        joined = {key: torch.cat([batch[key] for batch in batches]) for batches in [list(loader)] for key in batches[0]}
+        epochs.append((joined["index"], joined["x"][joined["index"].argsort()]))
+    assert not torch.equal(epochs[0][0], epochs[1][0])
+    assert torch.equal(epochs[0][1], epochs[1][1])
+
+
+def test_the_fingerprint_names_the_training_pairs(tmp_path):
+    path, files = maps(tmp_path / "a"), SMALL | {"hold_out": 5}
+    first = SuperResolutionDataModule(path=path, **files).fingerprint  # loads the data itself
+    assert len(first) == 16
+    assert int(first, 16) >= 0
+    assert ready(path=maps(tmp_path / "elsewhere"), **files).fingerprint == first
+    assert ready(path=path, **files | {"eval_crops": 2, "eval_seed": 3}, batch_size=2).fingerprint == first
+    changes: list[dict[str, Any]] = [
+        *({"seed": 1}, {"fixed": True}, {"flip": False}, {"crops_per_image": 15}, {"crop": 12}, {"factor": 2}),
+        *({"hold_out": 4}, {"short_side": 20}, {"test_path": maps(tmp_path / "b", 1)}),
+    ]
+    found = {ready(path=path, **files | change).fingerprint for change in changes}
+    save(tmp_path / "a" / "00.png", map_of(24, 32, 200))  # not for training
+    assert ready(path=path, **files).fingerprint == first
+    save(tmp_path / "a" / "03.png", map_of(24, 32, 1))
+    save(tmp_path / "a" / "01.png", map_of(24, 32, 3))  # the same pictures in another order
+    found.add(ready(path=path, **files).fingerprint)
+    blind = {"crop": 48, "eval_size": 48, "factor": 2}
+    maps(tmp_path / "large", 5, 64, 64)
+    found |= {
+        ready(path=str(tmp_path / "large"), degradation=name, **SMALL | blind).fingerprint
+        for name in ("bicubic", "blind")
+    }
+    assert first not in found
+    assert len(found) == len(changes) + 3
+
+
+def test_the_fingerprint_tells_apart_low_resolutions(tmp_path):
+    arguments: dict[str, Any] = {"path": str(pairs(tmp_path)), "factor": 2, "crop": 8, "eval_size": 4}
+    before = ready(**arguments).fingerprint
+    save(tmp_path / "lq" / "deep" / "03.bmp", map_of(12, 16, 77))
+    assert ready(**arguments).fingerprint != before
+
+
 def test_blind_degradation_changes_from_epoch_to_epoch_where_the_place_cannot(tmp_path):
     arguments = {"path": maps(tmp_path, 2, 48, 48), "crop": 48, "crops_per_image": 2, "degradation": "blind"}
     arguments |= {"eval_size": 48, "eval_crops": 2, "flip": False}

@@ -6,7 +6,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from lightning_sgm.io.texts import TextWriter
-from lightning_sgm.io.writers import ImageWriter, writer_for
+from lightning_sgm.io.writers import ImageWriter, names_of, shown_name, writer_for
 
 
 def pixels(path):
@@ -148,3 +148,77 @@ def test_the_overview_of_panels_is_the_same_from_files(tmp_path):
     height, width = pixels(direct).shape
     assert 0.5 < width / height < 2  # three panels of three images in a row, or so
     assert not list(tmp_path.glob("panels/samples*"))
+
+
+def test_names_may_have_folders_and_dots(tmp_path):
+    batch = {**panels(2), "name": ["a/b.1", "b"]}
+    files = ImageWriter().save_each(batch, tmp_path)
+    assert [file.relative_to(tmp_path).as_posix() for file in files] == ["panels/a/b.1.png", "panels/b.png"]
+    assert pixels(tmp_path / "a/b.1.png").shape == (8, 8)
+    assert names_of(batch) == ["a/b.1", "b"]
+    assert names_of({"x": torch.zeros(1), "index": torch.tensor([12])}) == ["000012"]
+    assert [shown_name(tmp_path / name) for name in ("000012.txt", "b.1.txt")] == ["12", "b.1"]
+    (text,) = TextWriter().save_each({"x": torch.tensor([[104, 105]]), "name": ["a/c.1"]}, tmp_path)
+    assert text == tmp_path / "a/c.1.txt"
+    (overview,) = TextWriter().collect([text], tmp_path / "samples")
+    assert "sample c.1" in overview.read_text()
+
+
+def restored(factor=4, height=6, width=5):
+    """What a super-resolution model gives: everything but ``before`` in the large size."""
+    low = torch.randint(0, 256, (1, 3, height, width)).float() / 127.5 - 1.0
+    names = ("truth", "teacher", "x", "bicubic")
+    large = {name: torch.rand(1, 3, height * factor, width * factor) * 2 - 1 for name in names}
+    return {**large, "before": low, "index": torch.tensor([0])}
+
+
+def test_small_images_are_shown_in_the_size_of_their_samples(tmp_path):
+    batch = restored()
+    (file,) = ImageWriter(tile=1).save_each(batch, tmp_path)
+    panel = pixels(file)
+    assert panel.shape == (24 + 4, 5 * 22 + 2, 3)
+    for place, name in enumerate(("before", "bicubic", "teacher", "x", "truth")):
+        image = batch[name][0]
+        if name == "before":
+            image = image.repeat_interleave(4, 1).repeat_interleave(4, 2)
+        shown = panel[2:-2, 2 + 22 * place : 22 + 22 * place]
+        assert torch.equal(shown, ((image + 1) * 127.5).round().byte().movedim(0, 2))
+    text = (tmp_path / "panels/README.txt").read_text()
+    assert text == (
+        "From left to right: what was given, enlarged bicubically, by the teacher, by the model, the truth.\n"
+    )
+
+
+def test_panels_of_large_images_show_their_middle(tmp_path):
+    batch = restored(factor=4, height=50, width=3)
+    (file,) = ImageWriter(tile=1, window=40).save_each(batch, tmp_path)
+    assert pixels(tmp_path / "000000.png").shape == (200, 12, 3)
+    panel = pixels(file)
+    assert panel.shape == (40 + 4, 5 * 14 + 2, 3)
+    own = pixels(tmp_path / "000000.png")
+    assert torch.equal(panel[2:-2, 2 + 3 * 14 : 14 + 3 * 14], own[80:120])
+    low = batch["before"][0].repeat_interleave(4, 1).repeat_interleave(4, 2)
+    assert torch.equal(panel[2:-2, 2:14], ((low[:, 80:120] + 1) * 127.5).round().byte().movedim(0, 2))
+
+
+def test_an_overview_of_different_sizes_keeps_shapes(tmp_path):
+    writer = ImageWriter()
+    files = []
+    for name, height, width in (("a", 100, 200), ("b", 300, 600), ("c", 300, 150)):
+        red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, height, width)
+        files += writer.save_each({"x": red, "name": [name]}, tmp_path)
+    files += writer.save_each({"x": torch.ones(1, 1, 100, 200), "name": ["gray"]}, tmp_path)
+    (overview,) = writer.collect(files, tmp_path / "samples")
+    found = pixels(overview)
+    white, red = (
+        (found == torch.tensor(colour, dtype=torch.uint8)).all(2) for colour in ((255, 255, 255), (255, 0, 0))
+    )
+    assert white.sum() == 512 * 256
+    assert red.sum() == 2 * 512 * 256 + 128 * 256  # twice as wide as high, and half as wide in the same box
+
+
+def test_an_overview_of_large_images_is_small(tmp_path):
+    writer = ImageWriter()
+    files = writer.save_each({"x": torch.ones(4, 3, 600, 600)}, tmp_path)
+    (overview,) = writer.collect(files, tmp_path / "samples")
+    assert pixels(overview).shape == (2 * 256 + 3 * 8, 2 * 256 + 3 * 8, 3)

@@ -26,6 +26,12 @@ def test_sinusoids_are_those_of_diffusers():
     torch.testing.assert_close(SinusoidalEmbedding(16, shift=1)(labels), theirs, atol=1e-4, rtol=0)
 
 
+def test_cosines_may_come_first():
+    labels = torch.tensor([0.0, 1.5, 14.0])
+    sines, cosines = SinusoidalEmbedding(8)(labels).chunk(2, 1)
+    assert torch.equal(SinusoidalEmbedding(8, cosines_first=True)(labels), torch.cat([cosines, sines], 1))
+
+
 def test_sinusoids_survive_a_cast_to_half_precision():
     labels = torch.tensor([999.0, 997.5])
     module = SinusoidalEmbedding(16)

@@ -8,12 +8,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_sgm.denoiser import Denoiser, EDMPreconditioning, GaussianMixtureDenoiser, Preconditioning
 from lightning_sgm.objectives.denoising import (
     ChainTimes,
+    DataWeight,
     DenoisingObjective,
     EDMWeight,
     LikelihoodWeight,
     LogNormalRatio,
     MinSNR,
     NoiseWeight,
+    PosteriorWeight,
     Times,
     UniformLogSNR,
     UniformTime,
@@ -23,11 +25,13 @@ from lightning_sgm.objectives.denoising import (
 )
 from lightning_sgm.processes.chains import DDPMChain, SMLDChain
 from lightning_sgm.processes.gaussian import EDM, VE, VP, Cosine, Flow, SubVP
+from lightning_sgm.processes.residual import ResidualShift
 from lightning_sgm.random import Draw
+from lightning_sgm.residual_denoiser import ResidualDenoiser, ResShiftPreconditioning
 
 PROCESSES = {"VP": VP(), "sub-VP": SubVP(), "VE": VE(0.01, 50.0), "EDM": EDM(), "cosine": Cosine(), "flow": Flow()}
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
-WEIGHTS = [NoiseWeight(), LikelihoodWeight(), EDMWeight(0.7), MinSNR(), VelocityWeight(), VWeight()]
+WEIGHTS = [NoiseWeight(), DataWeight(), LikelihoodWeight(), EDMWeight(0.7), MinSNR(), VelocityWeight(), VWeight()]
 every_weight = pytest.mark.parametrize("weight", WEIGHTS, ids=lambda weight: type(weight).__name__)
 
 
@@ -116,6 +120,7 @@ def weighted(weight, process, t, network=None, preconditioning=None):
 FORMULAS = {
     # Each loss at a level, as a multiple of the noise error.
     NoiseWeight: lambda alpha, sigma, g: 1.0,
+    DataWeight: lambda alpha, sigma, g: (sigma / alpha) ** 2,
     LikelihoodWeight: lambda alpha, sigma, g: g**2 / sigma**2,
     EDMWeight: lambda alpha, sigma, g: (
         ((sigma / alpha) ** 2 + 0.7**2) / (0.7 * sigma / alpha) ** 2 * (sigma / alpha) ** 2
@@ -154,7 +159,7 @@ def test_edm_weight_is_the_plain_error_of_the_network(process, t):
 
 
 @pytest.mark.parametrize("process", [Flow(), Cosine()], ids=["flow", "cosine"])
-@pytest.mark.parametrize("weight", [NoiseWeight(), EDMWeight(), MinSNR(), VelocityWeight(), VWeight()])
+@pytest.mark.parametrize("weight", [NoiseWeight(), DataWeight(), EDMWeight(), MinSNR(), VelocityWeight(), VWeight()])
 def test_weights_are_finite_where_no_data_is_left(process, weight):
     loss = weighted(weight, process, 1.0)
     assert loss.isfinite().all()
@@ -341,6 +346,96 @@ def test_the_last_index_is_the_largest():
     assert ChainTimes(stratified=False)(DDPMChain(30), 3, Independent(u)).tolist() == [1 / 30, 16 / 30, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [
+        (0, 2, [0, 1, 2]),
+        (0, -2, [*range(14)]),
+        (-1, None, [14]),
+        (-3, -2, [12, 13]),
+        (3, 3, [3]),
+        (0, None, [*range(15)]),
+    ],
+)
+@pytest.mark.parametrize("stratified", [True, False])
+def test_a_range_of_indices_equally_often(first, last, expected, stratified):
+    chain, count = ResidualShift(), 200 * len(expected)
+    index = chain.index(ChainTimes(stratified, first=first, last=last)(chain, count, Draw(1))).long()
+    counts = torch.bincount(index, minlength=15).double()
+    assert counts.nonzero().flatten().tolist() == expected
+    inside = counts[expected]
+    assert float((inside - 200).abs().max()) == 0 if stratified else float(((inside - 200) ** 2 / 200).sum()) < 45
+    ends = torch.tensor([0.0, 1.0 - 2.0**-53]).double()
+    times = ChainTimes(False, first, last)(chain, 2, Independent(ends))
+    assert chain.index(times).tolist() == [expected[0], expected[-1]]
+
+
+# ResShift's losses (tad_sr.md 2.2).
+
+
+def test_posterior_weight_is_that_of_resshift():
+    # 0.5 / var (alpha_t / eta_t)^2 with var = kappa^2 eta_{t-1} alpha_t / eta_t, at the first index that of the second.
+    process = ResidualShift(steps=4, min_noise=0.2)
+    eta = process.table**2
+    alpha = eta.diff(prepend=torch.zeros(1).double())
+    variance = 4.0 * (eta.roll(1) * alpha / eta)[[1, 1, 2, 3]]
+    level = process.level(process.time(torch.arange(4)))
+    found = PosteriorWeight()(level, process)
+    torch.testing.assert_close(found, 0.5 / variance * (alpha / eta) ** 2, rtol=1e-9, atol=0)
+    assert found.dtype == torch.float64
+    assert float(PosteriorWeight()(process.level(0.5), process)) == pytest.approx(float(found[1]))
+    # Said of the noise, as their networks for epsilon do: 0.5 / var (kappa alpha_t / ((1 - eta_t) sqrt(eta_t)))^2.
+    expected = 0.5 / variance * (2.0 * alpha / ((1 - eta) * eta.sqrt())) ** 2
+    torch.testing.assert_close(found * level.ratio**2, expected, rtol=1e-9, atol=0)
+
+
+def test_posterior_weight_is_the_bound_of_ho_et_al():
+    # Eq. 12 of Ho et al. 2020 for the noise error, beta^2 / (2 v (1 - beta) (1 - abar)), v their posterior variance.
+    process = DDPMChain(50)
+    betas = process.betas
+    kept = (1 - betas).cumprod(0)
+    variance = betas * (1 - kept.roll(1)) / (1 - kept)
+    variance[0] = variance[1]
+    expected = betas**2 / (2 * variance * (1 - betas) * (1 - kept))
+    level = process.level(process.time(torch.arange(50)))
+    torch.testing.assert_close(PosteriorWeight()(level, process) * level.ratio**2, expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("process", [ResidualShift(), DDPMChain(50), SMLDChain(50)], ids=["ResShift", "DDPM", "SMLD"])
+def test_posterior_weight_is_the_divergence_of_posteriors(process):
+    # KL of two Gaussians of one variance: the squared distance of their means over twice the variance.
+    level, before = (
+        process.level(process.time(torch.tensor(index))) for index in (20 % process.steps, 19 % process.steps)
+    )
+    x = normal_data(1, 1.0)
+    (first, std), (second, _) = (process.posterior(x0, x, level, before) for x0 in (torch.zeros_like(x), x + 0.5))
+    divergence = (first - second).square() / (2 * std**2)
+    torch.testing.assert_close(PosteriorWeight()(level, process) * (x + 0.5) ** 2, divergence, rtol=1e-7, atol=0)
+
+
+def test_data_weight_is_the_plain_error_of_an_image():
+    process, x0, origin = ResidualShift(), normal_data(64, 0.5), normal_data(64, 1.0, seed=6)
+    expected = None
+    for output, sign in (("xstart", 1.0), ("residual", -1.0)):
+        # Networks of x_0 and of y - x_0 with the same error: the same loss.
+        target = x0 + origin if output == "xstart" else -x0
+        answer = Constant(target + sign * 0.3 * origin)
+        model = ResidualDenoiser(answer, process, ResShiftPreconditioning(output))  # type: ignore[arg-type]
+        loss = DenoisingObjective(ChainTimes(), DataWeight())(model, x0, Draw(2), origin=origin)["loss"]
+        torch.testing.assert_close(loss, (0.3 * origin).square().mean(1))
+        torch.testing.assert_close(loss, loss if expected is None else expected)
+        expected = loss
+
+
+class Constant(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x, label, /):
+        return self.answer
+
+
 class Labelled(nn.Module):
     """Depends on its label, and keeps it."""
 
@@ -470,6 +565,10 @@ def test_bases_must_be_filled_in():
         (lambda: MinSNR(0.0), "gamma must be positive"),
         (lambda: DenoisingObjective(reduction="sum"), "mean or half_sum"),  # type: ignore[arg-type]
         (lambda: ChainTimes()(SubVP(), 2, Draw(0)), "SubVP is none: .* sub-VP has no discrete form"),
+        (lambda: ChainTimes(last=4)(ResidualShift(4), 2, Draw(0)), "last=4 does not fit a chain of 4 steps, .* 0 to 3"),
+        (lambda: ChainTimes(first=-5)(ResidualShift(4), 2, Draw(0)), "first=-5 .* -4 to -1, from the end"),
+        (lambda: ChainTimes(first=3, last=-2)(ResidualShift(4), 2, Draw(0)), "from first=3 to last=-2 does not fit"),
+        (lambda: PosteriorWeight()(VP().level(0.5), VP()), "PosteriorWeight needs a discrete chain, and VP is none"),
         (lambda: UniformLogSNR()(Flow(), 2, Draw(0)), "Flow has -inf to inf"),
         (lambda: UniformLogSNR()(Cosine(), 2, Draw(0)), "must be finite levels"),
         (lambda: UniformLogSNR(2.0, 1.0)(VP(), 2, Draw(0)), "one below the other"),

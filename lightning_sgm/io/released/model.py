@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
 from torch import Tensor
 
-from lightning_sgm import networks, objectives, processes, samplers  # noqa: F401  (short class names in recipes)
+from lightning_sgm import codecs, networks, objectives, processes, samplers  # noqa: F401  (short class names in recipes)
 from lightning_sgm.io.checkpoint import AtomicCheckpointIO, read_file
 from lightning_sgm.io.folders import INSTANTIATOR
 from lightning_sgm.io.tensors import read_safetensors

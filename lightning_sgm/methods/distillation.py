@@ -1,0 +1,398 @@
+"""Distillation of a trained model into one that samples in one step, by terms that are named in a recipe.
+
+TAD-SR (He et al. 2024, 2408.07476) and SinSR (Wang et al. 2024, 2311.14760) are recipes of it. The method owns teacher,
+student and optimisers; what is learnt is up to the terms of :mod:`lightning_sgm.objectives.distillation`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self, cast
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from lightning_sgm.denoiser import BaseDenoiser
+from lightning_sgm.methods.base import Batch, GenerativeModule
+from lightning_sgm.methods.encoded import only
+from lightning_sgm.methods.learning_rate import Decay
+from lightning_sgm.methods.solutions import SolutionCache, Solutions, fingerprint_of
+from lightning_sgm.methods.students import check_alike, describe, find_teacher, make_student
+from lightning_sgm.objectives.distillation import Data, Phase, Regression, Solve, Term
+from lightning_sgm.optimizers import make_optimizer
+from lightning_sgm.random import Draw, mix, run_seed
+from lightning_sgm.samplers.evaluation import first
+from lightning_sgm.samplers.loop import Sampler
+from lightning_sgm.samplers.rules import Euler
+
+_START = 4  # purpose of random numbers
+
+
+class _Known(NamedTuple):
+    """What the phases of a step know of a part of its batch."""
+
+    start: Tensor
+    data: Tensor
+    conditions: dict[str, Tensor]
+    draw: Draw
+    solve: Solve
+
+
+class Distillation(GenerativeModule):
+    """Trains a copy of a teacher to answer in one step, by any terms.
+
+    The student is a model of the teacher's class: sampling, restoring, metrics and export are those of that class.
+    One batch is one update of the student, and updates of critics do not count: ``trainer.max_steps`` and all cadences
+    are in updates of the student. Checkpoints hold the student and the critics, not the teacher.
+
+    Args:
+        terms: what the student is asked for, such as :class:`~lightning_sgm.objectives.Regression`.
+        spec: of the data.
+        teacher: checkpoint of a ResShift or ScoreSDE model, or in Python the model itself. Later commands need it only
+            to compare.
+        student: a model of the teacher's class to be trained instead of a copy of the teacher, such as a smaller one.
+        solver: the teacher's deterministic sampler, which the student learns to shorten; by default Euler's with the
+            steps and the grid of the teacher's own.
+        sampler: the student's; one evaluation by default.
+        solutions: where the teacher's results are kept, for data that are ``fixed``: the noise of an example is then
+            fixed too, and the teacher samples it only once. None: it samples every batch.
+        critic_optimizer: of the critics.
+        critic_steps: updates of the critics before each of the student.
+        reuse_sample: the student sees the critics' last noise and samples again (TAD-SR); otherwise fresh ones (SiD).
+        micro_batches: parts into which a batch is split to save memory; their gradients are added up.
+        clip: largest norm of the student's gradients, and of the critics'; None for no clipping.
+        scale: standard deviation of what is modelled, in units of which terms count differences; None: the sigma_data
+            of the teacher's preconditioning, or 1 where it has none.
+        compare: show the teacher's results beside the student's, in ``test``, ``predict`` and pictures.
+        optimizer, warmup, decay, exact, metrics, test_samples, val_samples: see :class:`GenerativeModule`, for the
+            student; AdamW at 5e-5 without weight decay and 5000 updates of warm-up as in TAD-SR.
+
+    Raises:
+        FileNotFoundError: there is no such teacher, and no student either.
+        ValueError: a teacher that cannot be distilled, or is for other data; samplers that do not begin at t = 1.
+    """
+
+    ema_parts = ("student.network",)
+
+    def __init__(
+        self,
+        terms: list[Term],
+        spec: dict[str, Any],
+        teacher: str | GenerativeModule | None = None,
+        student: GenerativeModule | None = None,
+        solver: Sampler | None = None,
+        sampler: Sampler | None = None,
+        solutions: Solutions | None = None,
+        critic_optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(
+            parameters, lr=5e-5, weight_decay=0.0
+        ),
+        critic_steps: int = 1,
+        reuse_sample: bool = True,
+        micro_batches: int = 1,
+        clip: float | None = None,
+        scale: float | None = None,
+        compare: bool = True,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-5, weight_decay=0.0),
+        warmup: int = 5000,
+        decay: Decay = "constant",
+        exact: bool = False,
+        metrics: list[Metric] | None = None,
+        test_samples: int = 256,
+        val_samples: int = 0,
+    ) -> None:
+        super().__init__(
+            spec=spec,
+            optimizer=optimizer,
+            warmup=warmup,
+            decay=decay,
+            exact=exact,
+            metrics=metrics,
+            test_samples=test_samples,
+            val_samples=val_samples,
+        )
+        self.record(locals(), forget=("compare",))
+        if not terms or min(critic_steps, micro_batches) < 1 or (clip is not None and clip <= 0):
+            raise ValueError("a distillation needs terms, critic_steps >= 1, micro_batches >= 1 and clip > 0 or null")
+        self.automatic_optimization = False
+        self.terms = nn.ModuleList(terms)
+        self.teacher: Any = find_teacher(teacher, student)
+        self.student: Any = make_student(self.teacher, student)
+        check_alike(self.student if self.teacher is None else self.teacher, spec)
+        own = self.student.sampler
+        self.solver = copy.copy(solver) if solver is not None else Sampler(rule=Euler(), steps=own.steps, grid=own.grid)
+        self.student.sampler = (
+            copy.copy(sampler) if sampler is not None else Sampler(rule=Euler(), steps=1, grid=own.grid)
+        )
+        self.solutions = solutions
+        self._cache: SolutionCache | None = None
+        self._norms: dict[str, Tensor] = {}
+        for part in (self.solver, self.student.sampler):
+            if float(first(part.levels(self.process)[0]).t) != 1.0:
+                raise ValueError("solver and sampler must begin at t = 1, where the student learns: choose their grids")
+        self.critic_optimizer, self.critic_steps, self.reuse_sample = critic_optimizer, critic_steps, reuse_sample
+        self.micro_batches, self.clip, self.compare = micro_batches, clip, compare
+        self.scale = float(
+            getattr(self.student.denoiser.preconditioning, "sigma_data", 1.0) if scale is None else scale
+        )
+        if self.scale <= 0:
+            raise ValueError(f"scale must be positive, got {self.scale}")
+        for term in self._terms if self.teacher is not None else ():
+            term.build(self.teacher.denoiser)
+        self.rivals = (*self.student.rivals, "teacher") if self._compares else self.student.rivals
+
+    # Parts.
+
+    @property
+    def network(self) -> nn.Module:  # type: ignore[override]
+        """The student's."""
+        network: nn.Module = self.student.network
+        return network
+
+    @property
+    def process(self) -> Any:
+        """That of both models."""
+        return self.student.process
+
+    @property
+    def unsaved(self) -> tuple[str, ...]:
+        """The teacher, and what the student leaves out itself."""
+        return ("teacher.", *(f"student.{prefix}" for prefix in self.student.unsaved))
+
+    @property
+    def _terms(self) -> list[Term]:
+        return cast("list[Term]", list(self.terms))
+
+    @property
+    def _critics(self) -> list[Term]:
+        return [term for term in self._terms if term.has_critic]
+
+    @property
+    def _compares(self) -> bool:
+        return self.compare and self.teacher is not None and bool(self.student.rivals)
+
+    def train(self, mode: bool = True) -> Self:
+        """The teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    # Before training.
+
+    def setup(self, stage: str) -> None:
+        """Let several processes train: each backward pass is of a part of the parameters."""
+        strategy = self.trainer.strategy
+        if stage == "fit" and isinstance(strategy, DDPStrategy):
+            strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+
+    def on_fit_start(self) -> None:
+        """Say what is trained, and open the store of solutions.
+
+        Raises:
+            FileNotFoundError: the teacher is gone.
+            ValueError: solutions are to be kept of data that differ from epoch to epoch, or of another teacher.
+        """
+        if self.teacher is None:
+            raise FileNotFoundError(f"there is no teacher {self.hparams.get('teacher')}: give --model.teacher FILE")
+        rank_zero_info(
+            f"{type(self).__name__}: {', '.join(self._names)}; the student is a {type(self.student).__name__}"
+        )
+        if self.solutions is not None:
+            self._cache = self._open_cache(self.solutions)
+
+    def _open_cache(self, solutions: Solutions) -> SolutionCache:
+        if not self.spec.get("fixed"):
+            raise ValueError(
+                "solutions are kept of examples that stay the same: set data.fixed to true, or solutions to null"
+            )
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        example = {name: value.to(self.device) for name, value in data.examples("train", 1).items()}
+        levels = self.solver.levels(self.process)
+        rule = type(self.solver.rule).__name__
+        described = fingerprint_of(
+            self.teacher.state_dict(), levels, solver=rule, data=data.fingerprint, seed=run_seed()
+        )
+        return solutions.open(data.count("train"), self.teacher.encode(example).x0.shape[1:], described)
+
+    def configure_optimizers(self) -> Any:
+        """The student's optimiser with its schedule, and that of the critics if there are any."""
+        named = [(name, p) for name, p in self.student.named_parameters(prefix="student") if p.requires_grad]
+        optimizer = make_optimizer(self.optimizer, named)
+        found = [{"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}}]
+        if critics := [(name, p) for name, p in self.terms.named_parameters(prefix="terms") if p.requires_grad]:
+            found.append({"optimizer": make_optimizer(self.critic_optimizer, critics)})
+        return found
+
+    # Training.
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Add what is known of the teacher's solutions, while the batch is where they are kept."""
+        if self._cache is None or not self.trainer.training:
+            return batch
+        values, known = self._cache.get(batch["index"])
+        return {**batch, "solution": values} if known.all() else batch
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
+        """One update of the student, after those of the critics."""
+        parts = self._parts(batch)
+        known = [self._know(part, number, 0) for number, part in enumerate(parts)]
+        kept: Phase | None = None
+        means: dict[str, Tensor] = {}
+        for step in range(self.critic_steps if self._critics else 0):
+            last = self.reuse_sample and step == self.critic_steps - 1
+            seen = known if last else [self._know(part, number, 1 + step) for number, part in enumerate(parts)]
+            # The graphs of several parts at once would take the memory that parts are to save.
+            kept = self._update_critics(seen, last and len(parts) == 1, means)
+        self._update_student(known, kept, means)
+        self.tally(means, self._norms)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        size = -(-len(batch["index"]) // self.micro_batches)
+        pieces = {name: value.split(size) for name, value in batch.items()}
+        return [{name: piece[i] for name, piece in pieces.items()} for i in range(len(pieces["index"]))]
+
+    def _know(self, batch: Batch, number: int, repeat: int) -> _Known:
+        """What there is to know of part ``number`` of a batch; ``repeat`` is other noise."""
+        draw = self._train_draw(batch)
+        draw = draw.fork(repeat) if draw.keys is not None else draw.fork(repeat, number)
+        fixed = Draw(mix(run_seed(), _START), keys=batch["index"].to(self.noise_device))
+        return self._examples(batch, draw, draw if self._cache is None else fixed)
+
+    def _examples(self, batch: Batch, draw: Draw, source: Draw) -> _Known:
+        data, conditions = self.teacher.encode(batch)
+        start = self.solver.prior(self.process, tuple(data.shape), source).to(data)
+        found: list[Tensor] = [batch["solution"].to(data)] if "solution" in batch else []
+
+        def solve(start: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+            if not found:
+                denoiser = self.teacher.guided
+                found.append(self.solver(denoiser, None, draw, start=start, **only(conditions, denoiser)))
+                if self._cache is not None and self.trainer.training:
+                    self._cache.put(batch["index"], found[0])
+            return found[0]
+
+        return _Known(start, data, conditions, draw, solve)
+
+    def _phase(self, known: _Known) -> Phase:
+        start, data, conditions, draw, solve = known
+        models: tuple[BaseDenoiser, BaseDenoiser] = self.student.denoiser, self.teacher.denoiser
+        return Phase(*models, solve, start, conditions, draw.fork(0), data=data, scale=self.scale)
+
+    def _update_critics(self, seen: list[_Known], keep: bool, means: dict[str, Tensor]) -> Phase | None:
+        """One update of the critics; the last phase with the graph of the student's sample, if it is to be kept."""
+        optimizer = self._optimizers[1]
+        optimizer.zero_grad()
+        phase = None
+        for number, known in enumerate(seen):
+            phase = self._phase(known)
+            with torch.set_grad_enabled(keep):
+                phase.sample  # noqa: B018  (computed here)
+            with optimizer.toggle_model(sync_grad=number == len(seen) - 1):
+                losses = {f"{name}_critic": term.critic(phase) for name, term in self._names.items() if term.has_critic}
+                share = len(phase.start) / sum(len(each.start) for each in seen)
+                _add(means, losses, share)
+                self.manual_backward(share * sum(losses.values()).mean())
+        # Not the optimiser's own step: Lightning would count it as an update of the model.
+        self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None, self)
+        return phase if keep else None
+
+    def _update_student(self, known: list[_Known], kept: Phase | None, means: dict[str, Tensor]) -> None:
+        optimizer = self._optimizers[0]
+        optimizer.zero_grad()
+        for number, each in enumerate(known):
+            with optimizer.toggle_model(sync_grad=number == len(known) - 1):
+                phase = self._phase(each) if kept is None else kept
+                losses = {name: term.student(phase) for name, term in self._names.items()}
+                total = sum(term.weight * losses[name] for name, term in self._names.items())
+                share = len(phase.start) / sum(len(one.start) for one in known)
+                _add(means, {"loss": total, **losses, **phase.logged}, share)
+                self._norms = self._gradient_norms(losses, phase.sample)
+                self.manual_backward(share * total.mean())
+        optimizer.step()
+        self.lr_schedulers().step()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the gradients, which Lightning does not where there are several optimisers."""
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], self.clip)
+
+    @property
+    def _optimizers(self) -> list[LightningOptimizer]:
+        found = self.optimizers()
+        return cast("list[LightningOptimizer]", found if isinstance(found, list) else [found])
+
+    @property
+    def _names(self) -> dict[str, Term]:
+        """Terms by name: that of the class, with a number if it is there before."""
+        names: dict[str, Term] = {}
+        for term in self._terms:
+            name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(term).__name__).lower()
+            names[name if name not in names else f"{name}_{len(names)}"] = term
+        return names
+
+    def _gradient_norms(self, losses: dict[str, Tensor], sample: Tensor) -> dict[str, Tensor]:
+        """Norms of the weighted terms' gradients at the student's sample, for the steps that are logged."""
+        if (self.updates + 1) % self._cadence or not sample.requires_grad:
+            return {}
+        found = {}
+        for name, term in self._names.items():
+            (gradient,) = torch.autograd.grad(losses[name].mean(), sample, retain_graph=True, allow_unused=True)
+            if gradient is not None:
+                found[f"{name}_gradient"] = term.weight * torch.linalg.vector_norm(gradient.float())
+        return found
+
+    # Evaluation and samples: those of the student, and the teacher's beside them.
+
+    def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """Distances per example, (B,): "loss" to the teacher's solution of the same start, "to_data" to the data."""
+        phase = self._phase(self._examples(batch, draw, draw))
+        return {"loss": Regression().student(phase), "to_data": Data().student(phase)}
+
+    def rivals_of(self, batch: Batch) -> dict[str, Tensor]:
+        """As the student's, and what the teacher makes of the batch."""
+        found: dict[str, Tensor] = self.student.rivals_of(batch)
+        return {**found, "teacher": self.teacher.rivals_of(batch)["samples"]} if self._compares else found
+
+    @property
+    def sampler_evaluations(self) -> float:
+        """The student's."""
+        return float(self.student.sampler_evaluations)
+
+    def inputs(self, path: str) -> Sequence[Batch]:
+        """As the student's."""
+        found: Sequence[Batch] = self.student.inputs(path)
+        return found
+
+    def sample(self, indices: Tensor, **conditions: Any) -> Batch:
+        """The student's samples; where they complete data, with the "teacher"'s."""
+        return self._beside(lambda model: model.sample(indices, **conditions))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """As :meth:`sample`, also of files."""
+        return self._beside(lambda model: model.predict_step(batch, batch_idx))
+
+    def _beside(self, answer: Callable[[GenerativeModule], Batch]) -> Batch:
+        found = answer(self.student)
+        return {**found, "teacher": answer(self.teacher)["x"]} if self._compares else found
+
+    def exported(self) -> GenerativeModule:
+        """The student alone, as a model of its class that samples in one step."""
+        student: GenerativeModule = self.student
+        described = self.hparams["student"]
+        if described is not None:
+            student.hparams.update(described["init_args"])
+        return student
+
+
+def _add(means: dict[str, Tensor], losses: dict[str, Tensor], share: float) -> None:
+    """Add to the means of a step those of a part, which is a ``share`` of it."""
+    for name, value in losses.items():
+        means[name] = means.get(name, torch.zeros_like(value[0])) + share * value.detach().mean()

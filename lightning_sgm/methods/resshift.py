@@ -1,0 +1,231 @@
+"""ResShift: restoring images by a diffusion between the degraded and the clean one (Yue et al. 2023, 2307.12348)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from lightning_sgm.codecs import Codec, Identity
+from lightning_sgm.denoiser import BaseDenoiser, Preconditioning
+from lightning_sgm.methods.base import Batch, Curve, GenerativeModule
+from lightning_sgm.methods.encoded import Encoded, only
+from lightning_sgm.methods.learning_rate import Decay
+from lightning_sgm.methods.pictures import loss_curve
+from lightning_sgm.metrics.perceptual import PerceptualDistance
+from lightning_sgm.networks.base import Network, Spec, build, entry
+from lightning_sgm.objectives.denoising import ChainTimes, DataWeight, DenoisingObjective
+from lightning_sgm.processes.chains import as_chain
+from lightning_sgm.processes.gaussian import GaussianProcess
+from lightning_sgm.processes.residual import ResidualShift
+from lightning_sgm.random import Draw
+from lightning_sgm.residual_denoiser import InRange, ResidualDenoiser, ResShiftPreconditioning
+from lightning_sgm.samplers.grids import ChainGrid
+from lightning_sgm.samplers.loop import Sampler
+from lightning_sgm.samplers.rules import Ancestral
+from lightning_sgm.tiles import restore_tiled
+
+
+class ResShift(GenerativeModule):
+    """Restores ``low`` images, such as small or damaged ones, with the residual x - y as the state of the diffusion.
+
+    y is ``low`` enlarged bicubically to the size of x; both are encoded by the codec. A sample is a restored image: of
+    the validation data in training, of the files that are given to ``predict``.
+
+    Args:
+        network: a network with the condition ``low``, or a factory that receives ``spec`` with the shape in the space
+            of the codec.
+        spec: of a :class:`~datamodules.SuperResolutionDataModule`.
+        codec: from images to the space of the model; the images themselves by default.
+        process: of the residuals.
+        preconditioning: what the network sees and says; the paper's by default. An
+            :class:`~lightning_sgm.denoiser.EDMPreconditioning` at the residuals' standard deviation makes an untrained
+            network answer hardly more than y, which spares small models most of the training.
+        objective: law of t and weights of the loss; the paper's by default.
+        sampler: rule and grid that run time backwards; the paper's ancestral sampler over all indices by default.
+        perceptual: distance of the decoded estimate of x_0 from the true image, such as
+            :class:`~lightning_sgm.metrics.LPIPS`, for the loss (Yue et al. 2024, 2403.07319); the objective must weigh
+            the error of x_0. Checkpoints do not keep it.
+        perceptual_weight: its factor; 1 for super-resolution and 10 for faces in the paper.
+        tile: side of the pieces in which large images are restored, in pixels of ``low``; None for whole images.
+        overlap: pixels that neighbouring pieces share.
+        optimizer, warmup, decay, exact, metrics, test_samples, val_samples: see :class:`GenerativeModule`; AdamW at
+            5e-5 without weight decay and 5000 updates of warm-up as in the paper. Metrics judge all examples of the
+            split, beside nearest and bicubic interpolation; with val_samples > 0 validation does so too.
+
+    Raises:
+        ValueError: data without low-resolution images; a codec, tile or objective that does not fit.
+    """
+
+    rivals = ("samples", "bicubic", "nearest")
+
+    def __init__(
+        self,
+        network: Network | Callable[[Spec], Network],
+        spec: dict[str, Any],
+        codec: Codec | None = None,
+        process: GaussianProcess = ResidualShift(),
+        preconditioning: Preconditioning = ResShiftPreconditioning(),
+        objective: DenoisingObjective | None = None,
+        sampler: Sampler | None = None,
+        perceptual: PerceptualDistance | None = None,
+        perceptual_weight: float = 1.0,
+        tile: int | None = 128,
+        overlap: int = 16,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-5, weight_decay=0.0),
+        warmup: int = 5000,
+        decay: Decay = "constant",
+        exact: bool = False,
+        metrics: list[Metric] | None = None,
+        test_samples: int = 256,
+        val_samples: int = 0,
+    ) -> None:
+        super().__init__(
+            spec=spec,
+            optimizer=optimizer,
+            warmup=warmup,
+            decay=decay,
+            exact=exact,
+            metrics=metrics,
+            test_samples=test_samples,
+            val_samples=val_samples,
+        )
+        self.record(locals(), forget=("perceptual", "tile", "overlap"))
+        self.factor = int(entry(spec, "factor", "ResShift"))
+        self.codec = Identity() if codec is None else codec
+        self.network = build(network, {**spec, "shape": list(self.codec.shape(spec["shape"]))})
+        self.objective = objective or DenoisingObjective(times=ChainTimes(), weight=DataWeight())
+        if perceptual is not None and self.objective.weight.of != "x0":
+            raise ValueError("perceptual needs an objective that weighs the error of x_0: choose the weight DataWeight")
+        self.process = process
+        steps = as_chain(process, "the paper's sampler").steps if sampler is None else 0
+        self.sampler = sampler or Sampler(rule=Ancestral(), steps=steps, grid=ChainGrid())
+        self.denoiser = ResidualDenoiser(self.network, process, preconditioning)
+        self.guided: BaseDenoiser = InRange(self.denoiser, *spec["range"]) if self.codec.of_pixels else self.denoiser
+        self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
+        self.tile, self.overlap = tile, overlap
+        self.sampler.levels(process)  # a grid that does not fit is told before training
+        self._check_tile()
+
+    @property
+    def unsaved(self) -> tuple[str, ...]:  # type: ignore[override]
+        """A codec that finds its weights itself."""
+        return () if self.codec.stored else ("codec.",)
+
+    # Between images and the space of the model.
+
+    def enlarge(self, low: Tensor, mode: str = "bicubic") -> Tensor:
+        """Images (B, 3, h, w) interpolated to the size of the restored ones; not clipped, as in the paper."""
+        if self.factor == 1:
+            return low
+        corners = None if mode == "nearest" else False
+        return F.interpolate(low, scale_factor=self.factor, mode=mode, align_corners=corners)
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> Encoded:
+        """Residuals of a batch in the space of the model, and y there as ``origin`` beside ``low``."""
+        conditions = self._conditions(batch["low"])
+        return Encoded(self.codec.encode(batch["x"]) - conditions["origin"], conditions)
+
+    def _conditions(self, low: Tensor) -> dict[str, Tensor]:
+        return {"origin": self.codec.encode(self.enlarge(low)), "low": low}
+
+    def decode(self, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """Images (B, 3, H, W), in range, of residuals (B, *)."""
+        low, high = self.spec["range"]
+        return self.codec.decode(x0 + conditions["origin"]).clamp(low, high)
+
+    # Training.
+
+    def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """Weighted denoising error per example, (B,); "perceptual" beside it where that is asked for."""
+        x0, conditions = self.encode(batch)
+        wanted = only(conditions, self.denoiser)
+        if self.perceptual is None:
+            return self.objective(self.denoiser, x0, draw, **wanted)
+        level = self.process.level(self.objective.times(self.process, len(x0), draw), x0.device)
+        noise = draw.normal(x0.shape, x0.dtype).to(x0.device)
+        answer = self.denoiser.x0(self.process.perturb(x0, level, noise), level.t, **wanted)
+        error = self.objective.reduce(self.objective.squared(answer, x0, noise, level, self.process))
+        distance = self.perceptual.distances(self.decode(answer, conditions), batch["x"])
+        return {"loss": error + self.perceptual_weight * distance, "error": error, "perceptual": distance}
+
+    # Restoring.
+
+    def restore(self, low: Tensor, numbers: Tensor) -> Tensor:
+        """Restored images (B, 3, H, W) in [-1, 1] of any size, each a function of (run seed, number).
+
+        Args:
+            low: (B, 3, h, w) in [-1, 1].
+            numbers: (B,) int64, on the CPU or anywhere.
+        """
+        return restore_tiled(
+            self._restore,
+            low,
+            self.factor,
+            numbers=numbers,
+            multiple=self.multiple,
+            tile=self.tile,
+            overlap=self.overlap,
+        )
+
+    def _restore(self, low: Tensor, numbers: Tensor) -> Tensor:
+        conditions = self._conditions(low)
+        shape = tuple(conditions["origin"].shape)
+        x0 = self.sampler(self.guided, shape, self.sample_draw(numbers), **only(conditions, self.guided))
+        return self.decode(x0, conditions)
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of ``low`` are padded to multiples of."""
+        side = self.codec.factor * int(getattr(self.network, "multiple", 1))
+        return side // math.gcd(side, self.factor)
+
+    def _check_tile(self) -> None:
+        if self.tile is not None and (self.tile % self.multiple or not 0 <= self.overlap < self.tile):
+            raise ValueError(
+                f"tile must be a multiple of {self.multiple} pixels of the small image, which the network needs, and "
+                f"larger than the overlap, got tile {self.tile} and overlap {self.overlap}"
+            )
+
+    def complete(self, batch: Batch) -> Batch:
+        """``batch`` restored: "x", "before" (what it was made of), "bicubic", and "truth" where that is known."""
+        low, numbers = batch["low"], batch["index"]
+        found = {"before": low, "bicubic": self.enlarge(low).clamp(*self.spec["range"])}
+        truth = {"truth": batch["x"]} if "x" in batch else {}
+        named = {"name": batch["name"]} if "name" in batch else {}
+        return {**found, "x": self.restore(low, numbers), **truth, "index": numbers, **named}
+
+    def rivals_of(self, batch: Batch) -> dict[str, Tensor]:
+        """Images to be compared with the true ones of a batch: restored, and merely enlarged."""
+        low, high = self.spec["range"]
+        enlarged = {mode: self.enlarge(batch["low"], mode).clamp(low, high) for mode in ("bicubic", "nearest")}
+        return {"samples": self.restore(batch["low"], batch["index"]), **enlarged}
+
+    def sample(self, indices: Tensor, **conditions: Any) -> Batch:
+        """Restored validation images, number i modulo their number, as :meth:`complete` gives them.
+
+        Raises:
+            ValueError: there are no validation data, as in ``predict``.
+        """
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if data is None:
+            raise ValueError(f"{type(self).__name__} restores images, give it some: --data.path FOLDER (or FILE)")
+        batch = data.examples("val", int(indices.max()) + 1 if len(indices) else 1)
+        chosen = indices.cpu() % len(batch["index"])
+        return self.complete({name: value[chosen].to(self.device) for name, value in batch.items()})
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """The pictures of a batch of files restored."""
+        return self.complete(batch) if "low" in batch else super().predict_step(batch, batch_idx)
+
+    def pictures(self) -> dict[str, Batch | Curve]:
+        """The loss over the noise levels."""
+        curve = loss_curve(self)
+        return {} if curve is None else {"loss_by_level": curve}
