@@ -35,6 +35,8 @@ _QUIET_WARNINGS = (
     ".*was configured so validation will run at the end of the training epoch.*",
     ".*The dirpath has changed from.*",
     ".*lr_scheduler.step.*optimizer.step.*",
+    ".*in eval mode at the start of training.*",
+    ".*You have overridden `on_before_batch_transfer`.*",
 )
 
 

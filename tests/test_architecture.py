@@ -29,7 +29,7 @@ ALLOWED = {
     "objectives": MODELS | {"guidance"},
     "samplers": MODELS | {"guidance"},
     "likelihood": MODELS | {"guidance", "samplers"},
-    "methods": MODELS | {"guidance", "objectives", "samplers", "likelihood", "metrics", "tiles"},
+    "methods": MODELS | {"guidance", "objectives", "samplers", "likelihood", "metrics", "optimizers", "tiles"},
     "metrics": {"random"},
     "io": {"methods.base", "random"},
     "io.released": MODELS | {"methods", "objectives", "samplers", "io", "recipes"},
@@ -48,7 +48,7 @@ ALLOWED = {
     "__main__": {"cli", "exporting", "importing", "recipes"},
     "__init__": {"methods", "networks", "trainer", "io"},
 }
-SHORT_NAMES = {"guidance", "methods", "metrics", "networks", "objectives", "processes", "samplers"}
+SHORT_NAMES = {"codecs", "guidance", "methods", "metrics", "networks", "objectives", "processes", "samplers"}
 HEAVY = {"diffusers", "sklearn", "transformers", "tokenizers", "matplotlib", "pyarrow", "scipy", "torchdiffeq"}
 HEAVY |= {"networkx", "datasets", "rdkit", "fcd_torch"}
 

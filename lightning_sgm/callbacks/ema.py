@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sgm.callbacks.clock import updates
 
@@ -224,9 +224,7 @@ def _trained(pl_module: LightningModule) -> tuple[dict[str, int], list[Tensor]]:
         try:
             found = pl_module.get_submodule(part)
         except AttributeError as error:
-            raise ValueError(
-                f"`ema_parts` names {part!r}, but {type(pl_module).__name__} has no such part"
-            ) from error
+            raise ValueError(f"`ema_parts` names {part!r}, but {type(pl_module).__name__} has no such part") from error
         for parameter in found.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 chosen[id(parameter)] = parameter

@@ -167,13 +167,17 @@ class Progress(ProgressBar):
         self._pass = Pace(label)
         self._done = 0
         self._total = total
+        self._in_parts = False
 
     def _advance(self, more: int, total: int | None) -> None:
         self._done, self._total = self._done + more, total
+        if self._in_parts:
+            self._pass.report(self._done, total, {})  # takes the time of the whole now, not after the next part
         if self._enabled and self._display.due():
             self._display.show(self._pass.report(self._done, total, {}))
 
     def _show_part(self, done: int, total: int) -> None:
+        self._in_parts = True
         if self._enabled and self._display.due():
             self._display.show(self._pass.report(self._done, self._total, {"part": done, "of": total}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import pickle
@@ -16,9 +17,10 @@ import torch
 import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters, _given_hyperparameters_context
 
 from lightning_sgm.io.files import atomic_write
-from lightning_sgm.io.folders import read_folder
+from lightning_sgm.io.folders import INSTANTIATOR, read_folder
 
 TRUSTED = ("lightning_sgm", "datamodules", "torch.nn", "torch.optim", "torchmetrics")
 """Where the classes of a checkpoint may come from: nothing there runs foreign code when it is built; data and tasks
@@ -218,11 +220,18 @@ def _build(
     kind: type[LightningModule], arguments: dict[str, Any], allow: tuple[str, ...], from_recipe: bool
 ) -> LightningModule:
     """The model; a recipe's arguments are class paths and plain values, made into parts by Lightning's parser."""
+    # The model keeps these arguments, also where it is loaded inside of another one's constructor, which has its own.
     if not from_recipe:
-        return kind(**arguments)
+        token = _given_hyperparameters.set(None)
+        try:
+            return kind(**arguments)
+        finally:
+            _given_hyperparameters.reset(token)
     from lightning.pytorch.cli import instantiate_module
 
-    with _imports_only((*TRUSTED, *allow)):
+    # A copy of their own: the parser makes something else of those it is given.
+    kept = {"_class_path": f"{kind.__module__}.{kind.__qualname__}", **copy.deepcopy(arguments)}
+    with _imports_only((*TRUSTED, *allow)), _given_hyperparameters_context(kept, INSTANTIATOR):
         return instantiate_module(kind, arguments)
 
 

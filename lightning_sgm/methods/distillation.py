@@ -7,7 +7,6 @@ student and optimisers; what is learnt is up to the terms of :mod:`lightning_sgm
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self, cast
 
@@ -18,12 +17,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from lightning_sgm.denoiser import BaseDenoiser
 from lightning_sgm.methods.base import Batch, GenerativeModule
 from lightning_sgm.methods.encoded import only
 from lightning_sgm.methods.learning_rate import Decay
+from lightning_sgm.methods.parts import add_means, by_name, gradient_norms, parts_of
 from lightning_sgm.methods.solutions import SolutionCache, Solutions, fingerprint_of
 from lightning_sgm.methods.students import check_alike, describe, find_teacher, make_student
 from lightning_sgm.objectives.distillation import Data, Phase, Regression, Solve, Term
@@ -81,6 +81,8 @@ class Distillation(GenerativeModule):
     """
 
     ema_parts = ("student.network",)
+    teacher: Any
+    student: Any
 
     def __init__(
         self,
@@ -123,17 +125,15 @@ class Distillation(GenerativeModule):
             raise ValueError("a distillation needs terms, critic_steps >= 1, micro_batches >= 1 and clip > 0 or null")
         self.automatic_optimization = False
         self.terms = nn.ModuleList(terms)
-        self.teacher: Any = find_teacher(teacher, student)
-        self.student: Any = make_student(self.teacher, student)
+        self.teacher = find_teacher(teacher, student)
+        self.student = make_student(self.teacher, student)
         check_alike(self.student if self.teacher is None else self.teacher, spec)
         own = self.student.sampler
-        self.solver = copy.copy(solver) if solver is not None else Sampler(rule=Euler(), steps=own.steps, grid=own.grid)
-        self.student.sampler = (
-            copy.copy(sampler) if sampler is not None else Sampler(rule=Euler(), steps=1, grid=own.grid)
-        )
+        self.solver = copy.copy(solver) if solver else Sampler(rule=Euler(), steps=own.steps, grid=own.grid)
+        self.student.sampler = copy.copy(sampler) if sampler else Sampler(rule=Euler(), steps=1, grid=own.grid)
+        self.hparams["student"] = describe(self.student, spec, self.hparams.get("sampler"))
         self.solutions = solutions
         self._cache: SolutionCache | None = None
-        self._norms: dict[str, Tensor] = {}
         for part in (self.solver, self.student.sampler):
             if float(first(part.levels(self.process)[0]).t) != 1.0:
                 raise ValueError("solver and sampler must begin at t = 1, where the student learns: choose their grids")
@@ -151,10 +151,9 @@ class Distillation(GenerativeModule):
     # Parts.
 
     @property
-    def network(self) -> nn.Module:  # type: ignore[override]
+    def network(self) -> Any:  # type: ignore[override]
         """The student's."""
-        network: nn.Module = self.student.network
-        return network
+        return self.student.network
 
     @property
     def process(self) -> Any:
@@ -162,7 +161,7 @@ class Distillation(GenerativeModule):
         return self.student.process
 
     @property
-    def unsaved(self) -> tuple[str, ...]:
+    def unsaved(self) -> tuple[str, ...]:  # type: ignore[override]
         """The teacher, and what the student leaves out itself."""
         return ("teacher.", *(f"student.{prefix}" for prefix in self.student.unsaved))
 
@@ -242,7 +241,7 @@ class Distillation(GenerativeModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
         """One update of the student, after those of the critics."""
-        parts = self._parts(batch)
+        parts = parts_of(batch, self.micro_batches)
         known = [self._know(part, number, 0) for number, part in enumerate(parts)]
         kept: Phase | None = None
         means: dict[str, Tensor] = {}
@@ -251,29 +250,24 @@ class Distillation(GenerativeModule):
             seen = known if last else [self._know(part, number, 1 + step) for number, part in enumerate(parts)]
             # The graphs of several parts at once would take the memory that parts are to save.
             kept = self._update_critics(seen, last and len(parts) == 1, means)
-        self._update_student(known, kept, means)
-        self.tally(means, self._norms)
-
-    def _parts(self, batch: Batch) -> list[Batch]:
-        size = -(-len(batch["index"]) // self.micro_batches)
-        pieces = {name: value.split(size) for name, value in batch.items()}
-        return [{name: piece[i] for name, piece in pieces.items()} for i in range(len(pieces["index"]))]
+        norms = self._update_student(known, kept, means)
+        self.tally(means, norms)
 
     def _know(self, batch: Batch, number: int, repeat: int) -> _Known:
         """What there is to know of part ``number`` of a batch; ``repeat`` is other noise."""
         draw = self._train_draw(batch)
         draw = draw.fork(repeat) if draw.keys is not None else draw.fork(repeat, number)
         fixed = Draw(mix(run_seed(), _START), keys=batch["index"].to(self.noise_device))
-        return self._examples(batch, draw, draw if self._cache is None else fixed)
+        return self._known(batch, draw, draw if self._cache is None else fixed)
 
-    def _examples(self, batch: Batch, draw: Draw, source: Draw) -> _Known:
+    def _known(self, batch: Batch, draw: Draw, source: Draw) -> _Known:
         data, conditions = self.teacher.encode(batch)
         start = self.solver.prior(self.process, tuple(data.shape), source).to(data)
         found: list[Tensor] = [batch["solution"].to(data)] if "solution" in batch else []
 
         def solve(start: Tensor, conditions: dict[str, Tensor]) -> Tensor:
             if not found:
-                denoiser = self.teacher.guided
+                denoiser: Any = self.teacher.guided
                 found.append(self.solver(denoiser, None, draw, start=start, **only(conditions, denoiser)))
                 if self._cache is not None and self.trainer.training:
                     self._cache.put(batch["index"], found[0])
@@ -283,7 +277,7 @@ class Distillation(GenerativeModule):
 
     def _phase(self, known: _Known) -> Phase:
         start, data, conditions, draw, solve = known
-        models: tuple[BaseDenoiser, BaseDenoiser] = self.student.denoiser, self.teacher.denoiser
+        models = self.student.denoiser, self.teacher.denoiser
         return Phase(*models, solve, start, conditions, draw.fork(0), data=data, scale=self.scale)
 
     def _update_critics(self, seen: list[_Known], keep: bool, means: dict[str, Tensor]) -> Phase | None:
@@ -294,30 +288,39 @@ class Distillation(GenerativeModule):
         for number, known in enumerate(seen):
             phase = self._phase(known)
             with torch.set_grad_enabled(keep):
-                phase.sample  # noqa: B018  (computed here)
+                phase.sample  # noqa: B018  (made here, where the student's parameters may have a graph)
             with optimizer.toggle_model(sync_grad=number == len(seen) - 1):
-                losses = {f"{name}_critic": term.critic(phase) for name, term in self._names.items() if term.has_critic}
-                share = len(phase.start) / sum(len(each.start) for each in seen)
-                _add(means, losses, share)
-                self.manual_backward(share * sum(losses.values()).mean())
+                asked = {f"{name}_critic": term.critic(phase) for name, term in self._names.items()}
+                losses = {name: loss for name, loss in asked.items() if loss is not None}
+                self._backward(means, losses, torch.stack(list(losses.values())).sum(0), seen)
         # Not the optimiser's own step: Lightning would count it as an update of the model.
         self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None, self)
         return phase if keep else None
 
-    def _update_student(self, known: list[_Known], kept: Phase | None, means: dict[str, Tensor]) -> None:
+    def _update_student(self, known: list[_Known], kept: Phase | None, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One update of the student; norms of the gradients of the terms, if this step is logged."""
         optimizer = self._optimizers[0]
         optimizer.zero_grad()
+        norms: dict[str, Tensor] = {}
         for number, each in enumerate(known):
             with optimizer.toggle_model(sync_grad=number == len(known) - 1):
                 phase = self._phase(each) if kept is None else kept
                 losses = {name: term.student(phase) for name, term in self._names.items()}
-                total = sum(term.weight * losses[name] for name, term in self._names.items())
-                share = len(phase.start) / sum(len(one.start) for one in known)
-                _add(means, {"loss": total, **losses, **phase.logged}, share)
-                self._norms = self._gradient_norms(losses, phase.sample)
-                self.manual_backward(share * total.mean())
+                total = torch.stack([term.weight * losses[name] for name, term in self._names.items()]).sum(0)
+                if (self.updates + 1) % self._cadence == 0:
+                    norms = gradient_norms(self._names, losses, phase.sample)
+                self._backward(means, {"loss": total, **losses, **phase.logged}, total, known)
         optimizer.step()
-        self.lr_schedulers().step()
+        cast("LRScheduler", self.lr_schedulers()).step()
+        return norms
+
+    def _backward(
+        self, means: dict[str, Tensor], values: dict[str, Tensor], loss: Tensor, all_parts: list[_Known]
+    ) -> None:
+        """Gradients of the losses (B,) of one of several parts, which together are a mean."""
+        share = len(loss) / sum(len(part.start) for part in all_parts)
+        add_means(means, values, share)
+        self.manual_backward(share * loss.mean())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients, which Lightning does not where there are several optimisers."""
@@ -331,29 +334,13 @@ class Distillation(GenerativeModule):
 
     @property
     def _names(self) -> dict[str, Term]:
-        """Terms by name: that of the class, with a number if it is there before."""
-        names: dict[str, Term] = {}
-        for term in self._terms:
-            name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(term).__name__).lower()
-            names[name if name not in names else f"{name}_{len(names)}"] = term
-        return names
-
-    def _gradient_norms(self, losses: dict[str, Tensor], sample: Tensor) -> dict[str, Tensor]:
-        """Norms of the weighted terms' gradients at the student's sample, for the steps that are logged."""
-        if (self.updates + 1) % self._cadence or not sample.requires_grad:
-            return {}
-        found = {}
-        for name, term in self._names.items():
-            (gradient,) = torch.autograd.grad(losses[name].mean(), sample, retain_graph=True, allow_unused=True)
-            if gradient is not None:
-                found[f"{name}_gradient"] = term.weight * torch.linalg.vector_norm(gradient.float())
-        return found
+        return by_name(self._terms)
 
     # Evaluation and samples: those of the student, and the teacher's beside them.
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Distances per example, (B,): "loss" to the teacher's solution of the same start, "to_data" to the data."""
-        phase = self._phase(self._examples(batch, draw, draw))
+        phase = self._phase(self._known(batch, draw, draw))
         return {"loss": Regression().student(phase), "to_data": Data().student(phase)}
 
     def rivals_of(self, batch: Batch) -> dict[str, Tensor]:
@@ -383,6 +370,13 @@ class Distillation(GenerativeModule):
         found = answer(self.student)
         return {**found, "teacher": answer(self.teacher)["x"]} if self._compares else found
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Where there is no teacher, critics are left in the file: they judge what it makes of images."""
+        if self.teacher is None:
+            weights = checkpoint["state_dict"].items()
+            checkpoint["state_dict"] = {name: value for name, value in weights if not name.startswith("terms.")}
+        super().on_load_checkpoint(checkpoint)
+
     def exported(self) -> GenerativeModule:
         """The student alone, as a model of its class that samples in one step."""
         student: GenerativeModule = self.student
@@ -390,9 +384,3 @@ class Distillation(GenerativeModule):
         if described is not None:
             student.hparams.update(described["init_args"])
         return student
-
-
-def _add(means: dict[str, Tensor], losses: dict[str, Tensor], share: float) -> None:
-    """Add to the means of a step those of a part, which is a ``share`` of it."""
-    for name, value in losses.items():
-        means[name] = means.get(name, torch.zeros_like(value[0])) + share * value.detach().mean()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,6 +21,6 @@ class Encoded(NamedTuple):
     conditions: dict[str, Tensor]
 
 
-def only(conditions: dict[str, Tensor], denoiser: BaseDenoiser) -> dict[str, Tensor]:
+def only(conditions: dict[str, Tensor], denoiser: BaseDenoiser) -> dict[str, Any]:
     """Those conditions that the denoiser wants."""
     return {name: conditions[name] for name in denoiser.conditions}

@@ -87,7 +87,7 @@ class Rivalry:
         self._evaluations, self._seen = self._evaluations + evaluations * len(truth), self._seen + len(truth)
 
     def compute(self, module: GenerativeModule) -> dict[str, Tensor]:
-        """"WAY/METRIC" of all processes together, scalars, and "samples/evaluations"."""
+        """ "WAY/METRIC" of all processes together, scalars, and "samples/evaluations"."""
         results: dict[str, Tensor] = {}
         for name, metrics in self._judges.items():
             for metric in metrics:

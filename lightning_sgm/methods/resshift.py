@@ -16,6 +16,7 @@ from lightning_sgm.codecs import Codec, Identity
 from lightning_sgm.denoiser import BaseDenoiser, Preconditioning
 from lightning_sgm.methods.base import Batch, Curve, GenerativeModule
 from lightning_sgm.methods.encoded import Encoded, only
+from lightning_sgm.methods.image_files import Pictures
 from lightning_sgm.methods.learning_rate import Decay
 from lightning_sgm.methods.pictures import loss_curve
 from lightning_sgm.metrics.perceptual import PerceptualDistance
@@ -173,6 +174,7 @@ class ResShift(GenerativeModule):
             multiple=self.multiple,
             tile=self.tile,
             overlap=self.overlap,
+            on_tile=self.on_part,
         )
 
     def _restore(self, low: Tensor, numbers: Tensor) -> Tensor:
@@ -220,6 +222,10 @@ class ResShift(GenerativeModule):
         batch = data.examples("val", int(indices.max()) + 1 if len(indices) else 1)
         chosen = indices.cpu() % len(batch["index"])
         return self.complete({name: value[chosen].to(self.device) for name, value in batch.items()})
+
+    def inputs(self, path: str) -> Pictures:
+        """The pictures at ``path``, a file or a folder."""
+        return Pictures(path)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """The pictures of a batch of files restored."""

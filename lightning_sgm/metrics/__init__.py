@@ -33,6 +33,7 @@ __all__ = [
     "MoleculeQuality",
     "NGramJudge",
     "NoReference",
+    "PerceptualDistance",
     "SimilarityToData",
     "TokenLikelihood",
     "UnigramEntropy",

@@ -102,9 +102,7 @@ class _Head(nn.Module):
     @torch.no_grad()
     def _centre(self) -> None:
         """Let the last bias take off what the head says of zeros, which is all it sees at first."""
-        self.eval()  # a training forward would move the estimates of the spectral norms
         cast(Tensor, self.last.bias).sub_(self._logits(torch.zeros(1, self.conv.out_channels, _KERNEL))[0, :, 0])
-        self.train()
 
 
 def _convolution(channels: int, out: int, kernel: int) -> nn.Conv1d:

@@ -64,8 +64,8 @@ class SRResNet(Network):
         nn.init.zeros_(self.last.weight)
         assert self.last.bias is not None
         nn.init.zeros_(self.last.bias)
-        # After a third, two thirds and all of the blocks; fewer levels where there are fewer blocks.
-        self._levels = sorted({-(-blocks * third // 3) for third in (1, 2, 3)})
+        # In the first half of the blocks, which is what an encoder would be; fewer levels where there are few blocks.
+        self._levels = sorted({-(-blocks * part // 6) for part in (1, 2, 3)})
         self.feature_channels = (channels,) * len(self._levels)
 
     def forward(self, x: Tensor, noise: Tensor, /, low: Tensor) -> Tensor:
@@ -79,23 +79,29 @@ class SRResNet(Network):
         Returns:
             (B, C, H, W).
         """
-        return self.last(self._blocks(x, noise, low)[-1])
+        return self.last(self._blocks(x, noise, low, len(self.blocks))[-1])
 
     def features(self, x: Tensor, noise: Tensor, /, low: Tensor) -> list[Tensor]:
-        """What the blocks make of the arguments of :meth:`forward`: after each third of them, (B, F, H, W)."""
-        return self._blocks(x, noise, low)
+        """What the first blocks make of the arguments of :meth:`forward`, for discriminators.
 
-    def _blocks(self, x: Tensor, noise: Tensor, low: Tensor) -> list[Tensor]:
+        Returns:
+            (B, F, H / 2, W / 2), rounded up, after a sixth, a third and half of the blocks: means over 2 x 2, as those
+            who use them want an overview, and the U-Nets' features are of half the resolution or less.
+        """
+        levels = self._blocks(x, noise, low, self._levels[-1])
+        return [F.avg_pool2d(levels[count - 1], 2, ceil_mode=True) for count in self._levels]
+
+    def _blocks(self, x: Tensor, noise: Tensor, low: Tensor, count: int) -> list[Tensor]:
+        """(B, F, H, W) after each of the first ``count`` blocks."""
         embedded = self.embed(noise.to(self.first.weight.dtype))
         h = torch.cat([x, self.low_grid(low, x.shape[2:]).to(x.dtype)], 1)
         # A sixth faster than the default format on the CPU, and what GPUs want for half precision.
         h = self.first(h.contiguous(memory_format=torch.channels_last))
-        levels = []
-        for count, block in enumerate(self.blocks, start=1):
+        found = []
+        for block in self.blocks[:count]:
             h = block(h, embedded)
-            if count in self._levels:
-                levels.append(h)
-        return levels
+            found.append(h)
+        return found
 
 
 class _Block(nn.Module):

@@ -50,15 +50,13 @@ def shift_mask(height: int, width: int, window: int, shift: int, released: bool,
     Returns:
         (windows, L, L) bool with L = window^2.
     """
-    # A mask first made in Lightning's validation must still serve training, which inference tensors cannot.
-    with torch.inference_mode(False):
-        row, column = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
-        if released:
-            region = (row >= height - window) & (column % window >= window - shift)
-        else:
-            region = 2 * (row >= height - shift) + (column >= width - shift)
-        region = to_windows(region[None, None].long(), window)[0, :, :, 0]
-        return region[:, :, None] == region[:, None, :]
+    row, column = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    if released:
+        region = (row >= height - window) & (column % window >= window - shift)
+    else:
+        region = 2 * (row >= height - shift) + (column >= width - shift)
+    region = to_windows(region[None, None].long(), window)[0, :, :, 0]
+    return region[:, :, None] == region[:, None, :]
 
 
 class WindowAttention(nn.Module):

@@ -224,9 +224,9 @@ def test_parts_of_a_sample_are_shown(tmp_path: Path, clock: list[float], capsys:
         "file 0/2 (0.0%)  part 1  of 3  0 it/s",
         "file 0/2 (0.0%)  part 2  of 3  0 it/s",
         "file 0/2 (0.0%)  part 3  of 3  0 it/s",
-        "file 1/2 (50.0%)  part 1  of 3  0.0625 it/s",
-        "file 1/2 (50.0%)  part 2  of 3  0.0625 it/s",
-        "file 1/2 (50.0%)  part 3  of 3  0.0625 it/s",
+        "file 1/2 (50.0%)  part 1  of 3  0.0833 it/s",
+        "file 1/2 (50.0%)  part 2  of 3  0.0833 it/s",
+        "file 1/2 (50.0%)  part 3  of 3  0.0833 it/s",
         "file 2/2 (100.0%)  0.0833 it/s",
     ]
     assert model.on_part is None

@@ -46,24 +46,23 @@ def test_an_untrained_network_answers_zero():
     assert all(level.std() > 0.1 for level in network.features(x, noise, low=low))
 
 
-@pytest.mark.parametrize(("blocks", "levels"), [(1, 1), (2, 2), (3, 3), (10, 3)])
-def test_features_end_in_what_the_last_convolution_reads(blocks: int, levels: int):
+@pytest.mark.parametrize(("blocks", "places"), [(1, [1]), (2, [1]), (4, [1, 2]), (6, [1, 2, 3]), (10, [2, 4, 5])])
+def test_features_are_means_over_squares_of_what_the_first_half_says(blocks: int, places: list[int]):
     x, noise, low = inputs()
-    network = small(blocks=blocks)
-    features = network.features(x, noise, low=low)
-    assert len(features) == len(network.feature_channels) == levels
-    assert [level.shape for level in features] == [(3, count, 6, 8) for count in network.feature_channels]
-    torch.testing.assert_close(network.last(features[-1]), network(x, noise, low=low))
-
-
-def test_features_are_those_after_each_third_of_the_blocks():
-    x, noise, low = inputs()
-    network, seen = small(blocks=7), []
+    network, seen = small(blocks=blocks), []
     for block in network.blocks:
         block.register_forward_hook(lambda module, given, answer: seen.append(answer))
     features = network.features(x, noise, low=low)
-    for level, count in zip(features, (3, 5, 7), strict=True):
-        assert level is seen[count - 1]
+    assert len(seen) == places[-1], "blocks behind the features are not asked"
+    assert len(features) == len(network.feature_channels) == len(places)
+    for level, place, channels in zip(features, places, network.feature_channels, strict=True):
+        squares = seen[place - 1].reshape(3, channels, 3, 2, 4, 2)
+        torch.testing.assert_close(level, squares.mean((3, 5)))
+
+
+def test_features_of_odd_sizes():
+    x, noise, low = inputs(1, 7, 5)
+    assert [level.shape[2:] for level in small(blocks=6).features(x, noise, low=low)] == [(4, 3)] * 3
 
 
 def test_what_is_far_away_does_not_matter_whatever_the_size():
