@@ -17,6 +17,7 @@ _PUBLIC = {
     "MaskedTransformer": "lightning_sgm.networks.masked_transformer",
     "UNet": "lightning_sgm.networks.unet",
     "GraphScore": "lightning_sgm.networks.graph_score",
+    "SuperResolutionPipeline": "lightning_sgm.pipelines",
     "Trainer": "lightning_sgm.trainer",
     "load": "lightning_sgm.io.checkpoint",
     "TextDataModule": "datamodules",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from lightning_sgm.networks.graph_score import GraphScore as GraphScore
     from lightning_sgm.networks.masked_transformer import MaskedTransformer as MaskedTransformer
     from lightning_sgm.networks.unet import UNet as UNet
+    from lightning_sgm.pipelines import SuperResolutionPipeline as SuperResolutionPipeline
     from lightning_sgm.trainer import Trainer as Trainer
 
 

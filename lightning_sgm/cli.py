@@ -130,10 +130,11 @@ class CLI(LightningCLI):
         if folder and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = os.path.normpath(folder)
             following = "predict" if self.model.can_sample else "test"
+            files = " --data.path FOLDER" if self.model.rivals else ""  # what is to be completed
             print(
                 f"run: {folder} (config.yaml, checkpoints/, samples/, metrics.csv)\n"
                 f"look: tensorboard --logdir {folder}\n"
-                f"next: python -m lightning_sgm {following} --ckpt_path {folder}/checkpoints/last.ckpt{self._trust()}"
+                f"next: python -m lightning_sgm {following} --ckpt_path {folder}/checkpoints/last.ckpt{files}{self._trust()}"
             )
 
 

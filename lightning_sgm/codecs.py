@@ -7,9 +7,11 @@ pass through it to its input.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 VQ_F4: dict[str, Any] = {
@@ -122,7 +124,8 @@ class Autoencoder(Codec):
         name: a folder written by ``save_pretrained``, or a name on the hub, with safetensors.
         subfolder: of a hub repository or folder where the autoencoder is, such as "vae".
         config: constructor arguments of an autoencoder with random weights, to be loaded from a checkpoint, instead of
-            ``name``; :data:`VQ_F4` is the paper's.
+            ``name``; :data:`VQ_F4` is the paper's. ``layers_per_block`` may be a list with a number for each level,
+            finest first, which diffusers itself does not know.
         scale: factor of the latents; None: 1 for "vq", the ``scaling_factor`` of its configuration for "kl".
 
     Raises:
@@ -201,18 +204,46 @@ def _class(kind: str) -> Any:
 
 def _new(kind: str, config: dict[str, Any]) -> Any:
     arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+    layers = arguments.get("layers_per_block")
+    if isinstance(layers, list | tuple):
+        levels = len(arguments.get("block_out_channels", ()))
+        if len(layers) != levels or min(layers) < 1:
+            raise ValueError(f"layers_per_block must be a number, or one of 1 or more for each of {levels} levels")
+        arguments["layers_per_block"] = max(layers)
     try:
-        return _class(kind)(**arguments)
+        model = _class(kind)(**arguments)
     except TypeError as error:
         raise ValueError(f"the configuration is none of this diffusers' {_class(kind).__name__}: {error}") from error
+    if isinstance(layers, list | tuple):
+        _shorten(model, list(layers))
+    return model
+
+
+def _shorten(model: Any, layers: list[int]) -> None:
+    """Leave each level of an autoencoder so many layers, finest level first, and one more on the way up.
+
+    The first layer of a level alone knows another level's channels, so those behind it can go.
+    """
+    levels = [*zip(model.encoder.down_blocks, layers, strict=True)]
+    levels += [(block, count + 1) for block, count in zip(model.decoder.up_blocks, reversed(layers), strict=True)]
+    for block, count in levels:
+        for name in ("resnets", "attentions"):
+            if hasattr(block, name):
+                setattr(block, name, getattr(block, name)[:count])
+    model.register_to_config(layers_per_block=layers)
 
 
 def _load(kind: str, name: str, subfolder: str | None) -> Any:
     wanted = _class(kind)
     try:
-        found = wanted.load_config(name, subfolder=subfolder).get("_class_name", wanted.__name__)
+        config = wanted.load_config(name, subfolder=subfolder)
+        found = config.get("_class_name", wanted.__name__)
         if found != wanted.__name__:
             raise ValueError(f"the model at {name!r} is a {found}, but kind {kind} is for a {wanted.__name__}")
+        if isinstance(config.get("layers_per_block"), list):
+            model = _new(kind, config)
+            model.load_state_dict(load_file(Path(name, subfolder or "") / "diffusion_pytorch_model.safetensors"))
+            return model
         return wanted.from_pretrained(name, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False)
     except OSError as error:
         raise FileNotFoundError(

@@ -42,7 +42,8 @@ def _parser() -> CommandParser:
         prog="python -m lightning_sgm export",
         description="Write the averaged weights of a checkpoint as model.safetensors and its settings as config.json. "
         "lightning_sgm.load(folder) reads them back, whatever the method. Where a network's authors published files of "
-        "this form, the entries have their names and their code reads the folder, too (RADD's transformer).",
+        "this form, the entries have their names and their code reads the folder, too (RADD's transformer). Of a "
+        "distillation the student alone is written, as a model of its own.",
         allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint of this package")

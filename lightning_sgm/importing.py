@@ -6,7 +6,7 @@ import argparse
 import difflib
 import importlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_sgm.commands import CommandParser, Refusal, run_command
 
@@ -41,6 +41,22 @@ SOURCES = {
         "import_gdss",
         "Jo et al. 2022: a .pth file of their code, or the same as .safetensors with its .json beside it",
     ),
+    "resshift": _Source(
+        "lightning_sgm.io.released.resshift",
+        "import_resshift",
+        "Yue et al. 2023, 2024: resshift_*.pth for super-resolution or faces, with its first stage beside it "
+        "(autoencoder_vq_f4.pth, ffhq512_vq_f8_dim8_face.pth)",
+    ),
+    "sinsr": _Source(
+        "lightning_sgm.io.released.resshift",
+        "import_sinsr",
+        "Wang et al. 2024: SinSR_v1.pth or SinSR_v2.pth, likewise, as a ResShift model of one step",
+    ),
+    "tad_sr": _Source(
+        "lightning_sgm.io.released.resshift",
+        "import_tad_sr",
+        "He et al. 2024: TAD-SR.pth or TAD-faceir.pth, likewise, as a ResShift model of one step",
+    ),
 }
 """By name; a new source is one function in ``lightning_sgm.io.released`` and a line here."""
 
@@ -67,10 +83,11 @@ def _import(source: _Source, path: Path, output: Path, model: str | None) -> Non
     from lightning_sgm.io.released.model import save
 
     imported = getattr(importlib.import_module(source.module), source.function)(path, model)
-    save(imported, output)
+    module: Any = save(imported, output)
     for line in imported.about:
         print(line)
-    print(f"wrote: {output}\nnext: python -m lightning_sgm predict --ckpt_path {output} --num_samples 16")
+    wanted = "--data.path FOLDER" if module.rivals else "--num_samples 16"
+    print(f"wrote: {output}\nnext: python -m lightning_sgm predict --ckpt_path {output} {wanted}")
 
 
 def _parser() -> CommandParser:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+_SEED = "PL_GLOBAL_SEED"  # Lightning's, which child processes inherit
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -21,7 +23,21 @@ _MIX_2 = 0x94D049BB133111EB
 
 def run_seed() -> int:
     """Seed of this run: what ``seed_everything`` announced to all processes, 0 without it."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+    return int(os.environ.get(_SEED, 0))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A block in which the run's seed is ``seed``."""
+    before = os.environ.get(_SEED)
+    os.environ[_SEED] = str(seed)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SEED]
+        else:
+            os.environ[_SEED] = before
 
 
 def mix(*counters: int) -> int:

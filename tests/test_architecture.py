@@ -46,7 +46,8 @@ ALLOWED = {
     "importing": {"commands", "io"},
     "exporting": {"commands", "io"},
     "__main__": {"cli", "exporting", "importing", "recipes"},
-    "__init__": {"methods", "networks", "trainer", "io"},
+    "pipelines": {"io", "methods", "random", "samplers"},
+    "__init__": {"methods", "networks", "pipelines", "trainer", "io"},
 }
 SHORT_NAMES = {"codecs", "guidance", "methods", "metrics", "networks", "objectives", "processes", "samplers"}
 HEAVY = {"diffusers", "sklearn", "transformers", "tokenizers", "matplotlib", "pyarrow", "scipy", "torchdiffeq"}

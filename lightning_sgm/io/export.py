@@ -19,6 +19,7 @@ from lightning_sgm import __version__
 from lightning_sgm.io.checkpoint import load, read_checkpoint
 from lightning_sgm.io.folders import CONFIG, OWN, WEIGHTS
 from lightning_sgm.io.tensors import write_safetensors
+from lightning_sgm.methods.base import GenerativeModule
 
 _RADD_NETWORK = "lightning_sgm.networks.masked_transformer.MaskedTransformer"
 
@@ -44,7 +45,9 @@ def export(
 
     ``model.safetensors`` holds the averaged weights, which evaluation uses; ``config.json`` the classes and arguments
     of model and data. ``lightning_sgm.load`` and ``from_pretrained`` read the folder back bit by bit. A model with a
-    ``MaskedTransformer`` gets the names and settings of the released models of RADD, whose code reads it too.
+    ``MaskedTransformer`` gets the names and settings of the released models of RADD, whose code reads it too. Of a
+    distillation the student is written, as a model of its own class which samples in its few steps: no teacher, no
+    critics. Weights that a codec finds itself are left out, as in checkpoints.
 
     Args:
         checkpoint: file of this package, or another such folder.
@@ -62,12 +65,18 @@ def export(
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists already: remove it or choose another folder")
-    module = load(checkpoint, allow, **overrides)
-    held = read_checkpoint(checkpoint)
+    loaded, held = load(checkpoint, allow, **overrides), read_checkpoint(checkpoint)
+    module, arguments = loaded, held["hyper_parameters"]
+    left_out: tuple[str, ...] = ()
+    if isinstance(loaded, GenerativeModule):
+        module = loaded.exported()
+        left_out = module.unsaved
+    if module is not loaded:
+        arguments = dict(module.hparams)
     layout = _radd(module) or Layout()
     own = {
         "version": __version__,
-        "model": _section(held["hyper_parameters"], "model"),
+        "model": _section(arguments, "model"),
         "data": _section(held["datamodule_hyper_parameters"], "data")
         if "datamodule_hyper_parameters" in held
         else None,
@@ -76,11 +85,12 @@ def export(
         "added": sorted(layout.added),
     }
     text = json.dumps({**layout.config, OWN: own}, indent=2, ensure_ascii=False) + "\n"
-    weights = {name.removeprefix(layout.prefix): tensor for name, tensor in module.state_dict().items()}
+    kept = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(left_out)}
+    weights = {name.removeprefix(layout.prefix): tensor for name, tensor in kept.items()}
     with _whole(folder) as place:
         write_safetensors(place / WEIGHTS, {**weights, **layout.added})
         (place / CONFIG).write_text(text, encoding="utf-8")
-    return module
+    return module.eval()
 
 
 def _section(stored: dict[str, Any], name: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ student and optimisers; what is learnt is up to the terms of :mod:`lightning_sgm
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self, cast
 
@@ -14,6 +13,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,17 +21,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from lightning_sgm.methods.base import Batch, GenerativeModule
-from lightning_sgm.methods.encoded import only
+from lightning_sgm.methods.encoded import Encoded, only
 from lightning_sgm.methods.learning_rate import Decay
-from lightning_sgm.methods.parts import add_means, by_name, gradient_norms, parts_of
-from lightning_sgm.methods.solutions import SolutionCache, Solutions, fingerprint_of
-from lightning_sgm.methods.students import check_alike, describe, find_teacher, make_student
+from lightning_sgm.methods.parts import add_means, by_name, gradient_norms, parts_of, require_manual
+from lightning_sgm.methods.solutions import SolutionCache, Solutions, fingerprint_of, outline
+from lightning_sgm.methods.students import check_alike, choose_samplers, describe, find_teacher, make_student
 from lightning_sgm.objectives.distillation import Data, Phase, Regression, Solve, Term
 from lightning_sgm.optimizers import make_optimizer
 from lightning_sgm.random import Draw, mix, run_seed
-from lightning_sgm.samplers.evaluation import first
 from lightning_sgm.samplers.loop import Sampler
-from lightning_sgm.samplers.rules import Euler
 
 _START = 4  # purpose of random numbers
 
@@ -127,21 +125,17 @@ class Distillation(GenerativeModule):
         self.terms = nn.ModuleList(terms)
         self.teacher = find_teacher(teacher, student)
         self.student = make_student(self.teacher, student)
-        check_alike(self.student if self.teacher is None else self.teacher, spec)
-        own = self.student.sampler
-        self.solver = copy.copy(solver) if solver else Sampler(rule=Euler(), steps=own.steps, grid=own.grid)
-        self.student.sampler = copy.copy(sampler) if sampler else Sampler(rule=Euler(), steps=1, grid=own.grid)
-        self.hparams["student"] = describe(self.student, spec, self.hparams.get("sampler"))
+        model = self.student if self.teacher is None else self.teacher
+        check_alike(model, spec, "teacher")
+        check_alike(self.student, spec, "student")
+        self.solver, self.student.sampler = choose_samplers(model, solver, sampler)
+        if "_instantiator" in self.hparams:
+            self.hparams["student"] = describe(self.student, spec, self.hparams.get("sampler"))
         self.solutions = solutions
         self._cache: SolutionCache | None = None
-        for part in (self.solver, self.student.sampler):
-            if float(first(part.levels(self.process)[0]).t) != 1.0:
-                raise ValueError("solver and sampler must begin at t = 1, where the student learns: choose their grids")
         self.critic_optimizer, self.critic_steps, self.reuse_sample = critic_optimizer, critic_steps, reuse_sample
         self.micro_batches, self.clip, self.compare = micro_batches, clip, compare
-        self.scale = float(
-            getattr(self.student.denoiser.preconditioning, "sigma_data", 1.0) if scale is None else scale
-        )
+        self.scale = float(getattr(model.denoiser.preconditioning, "sigma_data", 1.0) if scale is None else scale)
         if self.scale <= 0:
             raise ValueError(f"scale must be positive, got {self.scale}")
         for term in self._terms if self.teacher is not None else ():
@@ -186,38 +180,54 @@ class Distillation(GenerativeModule):
 
     # Before training.
 
+    def configure_callbacks(self) -> list[Any]:
+        """None; the Trainer asks before it looks at its own options, so that ours are told in their place.
+
+        Raises:
+            ValueError: the Trainer is to clip or accumulate gradients, which it cannot for a method of this kind.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            require_manual(self.trainer)
+        return []
+
     def setup(self, stage: str) -> None:
-        """Let several processes train: each backward pass is of a part of the parameters."""
-        strategy = self.trainer.strategy
-        if stage == "fit" and isinstance(strategy, DDPStrategy):
-            strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+        """Let several processes train: each backward pass is of a part of the parameters.
+
+        Raises:
+            FileNotFoundError: the teacher is gone.
+        """
+        if stage != "fit":
+            return
+        if self.teacher is None:
+            raise FileNotFoundError(f"there is no teacher {self.hparams.get('teacher')}: give --model.teacher FILE")
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
     def on_fit_start(self) -> None:
         """Say what is trained, and open the store of solutions.
 
         Raises:
-            FileNotFoundError: the teacher is gone.
             ValueError: solutions are to be kept of data that differ from epoch to epoch, or of another teacher.
         """
-        if self.teacher is None:
-            raise FileNotFoundError(f"there is no teacher {self.hparams.get('teacher')}: give --model.teacher FILE")
         rank_zero_info(
             f"{type(self).__name__}: {', '.join(self._names)}; the student is a {type(self.student).__name__}"
         )
-        if self.solutions is not None:
-            self._cache = self._open_cache(self.solutions)
+        self._cache = None if self.solutions is None else self._open_cache(self.solutions)
 
     def _open_cache(self, solutions: Solutions) -> SolutionCache:
-        if not self.spec.get("fixed"):
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is None or not data.spec.get("fixed"):
             raise ValueError(
-                "solutions are kept of examples that stay the same: set data.fixed to true, or solutions to null"
+                "solutions are kept of the examples of a datamodule that stay the same: set data.fixed to true, or "
+                "solutions to null"
             )
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         example = {name: value.to(self.device) for name, value in data.examples("train", 1).items()}
-        levels = self.solver.levels(self.process)
-        rule = type(self.solver.rule).__name__
         described = fingerprint_of(
-            self.teacher.state_dict(), levels, solver=rule, data=data.fingerprint, seed=run_seed()
+            self.teacher.state_dict(),
+            self.solver.levels(self.process),
+            solver=repr((outline(self.solver), outline(self.teacher.guided), str(self.trainer.precision))),
+            data=data.fingerprint,
+            seed=run_seed(),
         )
         return solutions.open(data.count("train"), self.teacher.encode(example).x0.shape[1:], described)
 
@@ -241,50 +251,58 @@ class Distillation(GenerativeModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
         """One update of the student, after those of the critics."""
-        parts = parts_of(batch, self.micro_batches)
-        known = [self._know(part, number, 0) for number, part in enumerate(parts)]
+        parts = [(part, self.teacher.encode(part)) for part in parts_of(batch, self.micro_batches)]
+        known = [self._know(*part, number, 0) for number, part in enumerate(parts)]
         kept: Phase | None = None
         means: dict[str, Tensor] = {}
         for step in range(self.critic_steps if self._critics else 0):
             last = self.reuse_sample and step == self.critic_steps - 1
-            seen = known if last else [self._know(part, number, 1 + step) for number, part in enumerate(parts)]
+            seen = known if last or True else [self._know(*part, number, 1 + step) for number, part in enumerate(parts)]
             # The graphs of several parts at once would take the memory that parts are to save.
-            kept = self._update_critics(seen, last and len(parts) == 1, means)
-        norms = self._update_student(known, kept, means)
-        self.tally(means, norms)
+            kept, means = self._update_critics(seen, last and len(parts) == 1)
+        own, norms = self._update_student(known, kept)
+        self.tally({**means, **own}, norms)
 
-    def _know(self, batch: Batch, number: int, repeat: int) -> _Known:
+    def _know(self, batch: Batch, encoded: Encoded, number: int, repeat: int) -> _Known:
         """What there is to know of part ``number`` of a batch; ``repeat`` is other noise."""
         draw = self._train_draw(batch)
         draw = draw.fork(repeat) if draw.keys is not None else draw.fork(repeat, number)
+        if self._cache is None:
+            return self._known(encoded, draw, draw)
+        # What is solved for the critics is in the batch for the student, who starts there again.
         fixed = Draw(mix(run_seed(), _START), keys=batch["index"].to(self.noise_device))
-        return self._known(batch, draw, draw if self._cache is None else fixed)
+        return self._known(encoded, draw, fixed, batch, self._cache)
 
-    def _known(self, batch: Batch, draw: Draw, source: Draw) -> _Known:
-        data, conditions = self.teacher.encode(batch)
+    def _known(
+        self, encoded: Encoded, draw: Draw, source: Draw, batch: Batch | None = None, cache: SolutionCache | None = None
+    ) -> _Known:
+        """With the start from ``source``, and its "solution" from the ``batch``, where it is put if it is missing."""
+        data, conditions = encoded
+        solved = {} if batch is None else batch
         start = self.solver.prior(self.process, tuple(data.shape), source).to(data)
-        found: list[Tensor] = [batch["solution"].to(data)] if "solution" in batch else []
 
         def solve(start: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-            if not found:
+            if "solution" not in solved:
                 denoiser: Any = self.teacher.guided
-                found.append(self.solver(denoiser, None, draw, start=start, **only(conditions, denoiser)))
-                if self._cache is not None and self.trainer.training:
-                    self._cache.put(batch["index"], found[0])
-            return found[0]
+                found = self.solver(denoiser, None, draw, start=start, **only(conditions, denoiser))
+                solved["solution"] = found if cache is None else cache.put(solved["index"], found)
+            return solved["solution"].to(data)
 
         return _Known(start, data, conditions, draw, solve)
 
     def _phase(self, known: _Known) -> Phase:
         start, data, conditions, draw, solve = known
-        models = self.student.denoiser, self.teacher.denoiser
-        return Phase(*models, solve, start, conditions, draw.fork(0), data=data, scale=self.scale)
+        teacher: Any = None if self.teacher is None else self.teacher.denoiser
+        return Phase(
+            self.student.denoiser, teacher, solve, start, conditions, draw.fork(0), data=data, scale=self.scale
+        )
 
-    def _update_critics(self, seen: list[_Known], keep: bool, means: dict[str, Tensor]) -> Phase | None:
-        """One update of the critics; the last phase with the graph of the student's sample, if it is to be kept."""
+    def _update_critics(self, seen: list[_Known], keep: bool) -> tuple[Phase | None, dict[str, Tensor]]:
+        """One update of the critics: the phase with the graph of the student's sample, if that is kept, and means."""
         optimizer = self._optimizers[1]
         optimizer.zero_grad()
-        phase = None
+        phase: Phase | None = None
+        means: dict[str, Tensor] = {}
         for number, known in enumerate(seen):
             phase = self._phase(known)
             with torch.set_grad_enabled(keep):
@@ -292,15 +310,17 @@ class Distillation(GenerativeModule):
             with optimizer.toggle_model(sync_grad=number == len(seen) - 1):
                 asked = {f"{name}_critic": term.critic(phase) for name, term in self._names.items()}
                 losses = {name: loss for name, loss in asked.items() if loss is not None}
-                self._backward(means, losses, torch.stack(list(losses.values())).sum(0), seen)
+                total = torch.stack(list(losses.values())).sum(0)
+                self._backward(means, {**losses, **phase.logged}, total, seen)
         # Not the optimiser's own step: Lightning would count it as an update of the model.
         self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None, self)
-        return phase if keep else None
+        return phase if keep else None, means
 
-    def _update_student(self, known: list[_Known], kept: Phase | None, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One update of the student; norms of the gradients of the terms, if this step is logged."""
+    def _update_student(self, known: list[_Known], kept: Phase | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One update of the student: means, and norms of the gradients of the terms if this step is logged."""
         optimizer = self._optimizers[0]
         optimizer.zero_grad()
+        means: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
         for number, each in enumerate(known):
             with optimizer.toggle_model(sync_grad=number == len(known) - 1):
@@ -312,7 +332,7 @@ class Distillation(GenerativeModule):
                 self._backward(means, {"loss": total, **losses, **phase.logged}, total, known)
         optimizer.step()
         cast("LRScheduler", self.lr_schedulers()).step()
-        return norms
+        return means, norms
 
     def _backward(
         self, means: dict[str, Tensor], values: dict[str, Tensor], loss: Tensor, all_parts: list[_Known]
@@ -339,9 +359,14 @@ class Distillation(GenerativeModule):
     # Evaluation and samples: those of the student, and the teacher's beside them.
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
-        """Distances per example, (B,): "loss" to the teacher's solution of the same start, "to_data" to the data."""
-        phase = self._phase(self._known(batch, draw, draw))
-        return {"loss": Regression().student(phase), "to_data": Data().student(phase)}
+        """Distances per example, (B,), as far as they can be had.
+
+        "loss" is to the teacher's solution of the same start; "to_data", of models that complete data, to the data.
+        """
+        model = self.student if self.teacher is None else self.teacher
+        phase = self._phase(self._known(model.encode(batch), draw, draw))
+        found = {} if self.teacher is None else {"loss": Regression().student(phase)}
+        return {**found, "to_data": Data().student(phase)} if self.student.rivals else found
 
     def rivals_of(self, batch: Batch) -> dict[str, Tensor]:
         """As the student's, and what the teacher makes of the batch."""
@@ -380,7 +405,6 @@ class Distillation(GenerativeModule):
     def exported(self) -> GenerativeModule:
         """The student alone, as a model of its class that samples in one step."""
         student: GenerativeModule = self.student
-        described = self.hparams["student"]
-        if described is not None:
+        if (described := self.hparams.get("student")) is not None:
             student.hparams.update(described["init_args"])
         return student

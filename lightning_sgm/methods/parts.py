@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_sgm.objectives.distillation import Term
@@ -23,9 +24,13 @@ def parts_of(batch: Batch, number: int) -> list[Batch]:
 
 
 def by_name(terms: Sequence[Term]) -> dict[str, Term]:
-    """Terms by the name of their class, as ``high_frequency_score``, with a number where that is taken."""
+    """Terms by the name of their class, as ``high_frequency_score``, with a number where that is taken.
+
+    Those with critics come first: critics and student then draw their noise in the same order, and a phase that is made
+    again for the student has that of the critics.
+    """
     names: dict[str, Term] = {}
-    for term in terms:
+    for term in sorted(terms, key=lambda term: not term.has_critic):
         name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(term).__name__).lower()
         names[name if name not in names else f"{name}_{len(names) + 1}"] = term
     return names
@@ -46,3 +51,17 @@ def gradient_norms(terms: dict[str, Term], losses: dict[str, Tensor], sample: Te
         if gradient is not None:
             found[f"{name}_gradient"] = term.weight * torch.linalg.vector_norm(gradient.float())
     return found
+
+
+def require_manual(trainer: Trainer) -> None:
+    """Raise a ValueError for options of a Trainer that have no meaning where a method makes its steps by hand."""
+    if trainer.gradient_clip_val:
+        raise ValueError(
+            f"trainer.gradient_clip_val has no effect in a distillation: leave it out, and set model.clip to "
+            f"{trainer.gradient_clip_val}"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            "trainer.accumulate_grad_batches has no effect in a distillation: leave it out, make data.batch_size "
+            f"{trainer.accumulate_grad_batches} times as large, and set model.micro_batches to that number"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -32,6 +32,8 @@ from lightning_sgm.samplers.loop import Sampler
 from lightning_sgm.samplers.rules import Ancestral
 from lightning_sgm.tiles import restore_tiled
 
+_TILE = 128  # least side of tiles that are not chosen, in pixels of the small image
+
 
 class ResShift(GenerativeModule):
     """Restores ``low`` images, such as small or damaged ones, with the residual x - y as the state of the diffusion.
@@ -54,14 +56,16 @@ class ResShift(GenerativeModule):
             :class:`~lightning_sgm.metrics.LPIPS`, for the loss (Yue et al. 2024, 2403.07319); the objective must weigh
             the error of x_0. Checkpoints do not keep it.
         perceptual_weight: its factor; 1 for super-resolution and 10 for faces in the paper.
-        tile: side of the pieces in which large images are restored, in pixels of ``low``; None for whole images.
+        tile: side of the pieces in which large images are restored, in pixels of ``low``; None for whole images,
+            "auto" for the smallest that suits the network and is not below 128. Checkpoints do not keep it.
         overlap: pixels that neighbouring pieces share.
         optimizer, warmup, decay, exact, metrics, test_samples, val_samples: see :class:`GenerativeModule`; AdamW at
             5e-5 without weight decay and 5000 updates of warm-up as in the paper. Metrics judge all examples of the
             split, beside nearest and bicubic interpolation; with val_samples > 0 validation does so too.
 
     Raises:
-        ValueError: data without low-resolution images; a codec, tile or objective that does not fit.
+        ValueError: data without low-resolution images; a network that does not see them; a codec, tile or objective
+            that does not fit.
     """
 
     rivals = ("samples", "bicubic", "nearest")
@@ -77,7 +81,7 @@ class ResShift(GenerativeModule):
         sampler: Sampler | None = None,
         perceptual: PerceptualDistance | None = None,
         perceptual_weight: float = 1.0,
-        tile: int | None = 128,
+        tile: int | Literal["auto"] | None = "auto",
         overlap: int = 16,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-5, weight_decay=0.0),
         warmup: int = 5000,
@@ -101,6 +105,11 @@ class ResShift(GenerativeModule):
         self.factor = int(entry(spec, "factor", "ResShift"))
         self.codec = Identity() if codec is None else codec
         self.network = build(network, {**spec, "shape": list(self.codec.shape(spec["shape"]))})
+        if not {"low", "origin"} & set(getattr(self.network, "conditions", ())):
+            raise ValueError(
+                f"{type(self.network).__name__} does not see the degraded image: choose a network with the condition "
+                "low, as SRResNet and SwinUNet"
+            )
         self.objective = objective or DenoisingObjective(times=ChainTimes(), weight=DataWeight())
         if perceptual is not None and self.objective.weight.of != "x0":
             raise ValueError("perceptual needs an objective that weighs the error of x_0: choose the weight DataWeight")
@@ -110,14 +119,24 @@ class ResShift(GenerativeModule):
         self.denoiser = ResidualDenoiser(self.network, process, preconditioning)
         self.guided: BaseDenoiser = InRange(self.denoiser, *spec["range"]) if self.codec.of_pixels else self.denoiser
         self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
-        self.tile, self.overlap = tile, overlap
-        self.sampler.levels(process)  # a grid that does not fit is told before training
+        self.tile = -(-_TILE // self.multiple) * self.multiple if tile == "auto" else tile
+        self.overlap = overlap
         self._check_tile()
+        self.sampler.levels(process)  # a grid that does not fit is told before training
 
     @property
     def unsaved(self) -> tuple[str, ...]:  # type: ignore[override]
         """A codec that finds its weights itself."""
         return () if self.codec.stored else ("codec.",)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights for another factor, which may have the same shapes."""
+        trained = (checkpoint.get("hyper_parameters") or {}).get("spec", {}).get("factor", self.factor)
+        if trained != self.factor:
+            raise ValueError(
+                f"the model was trained for factor {trained}, but the data have {self.factor}: set data.factor"
+            )
+        super().on_load_checkpoint(checkpoint)
 
     # Between images and the space of the model.
 
@@ -193,7 +212,7 @@ class ResShift(GenerativeModule):
         if self.tile is not None and (self.tile % self.multiple or not 0 <= self.overlap < self.tile):
             raise ValueError(
                 f"tile must be a multiple of {self.multiple} pixels of the small image, which the network needs, and "
-                f"larger than the overlap, got tile {self.tile} and overlap {self.overlap}"
+                f"larger than the overlap, which is 0 or more, got tile {self.tile} and overlap {self.overlap}"
             )
 
     def complete(self, batch: Batch) -> Batch:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_sgm.processes.gaussian import Level
+from lightning_sgm.processes.gaussian import GaussianProcess, Level
 
 Kept = Literal["float16", "float32"]
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_COUNTERS = ("cost", "evaluations")  # attributes that say what was done last, not what something is
 _MARK = struct.Struct("<Q")  # of a row: 2^32 + CRC-32 of its bytes; 0, as files begin, where it is not known
 
 
@@ -89,8 +90,12 @@ class SolutionCache:
         known = torch.tensor([row is not None for row in found], dtype=torch.bool)
         return values.to(index.device), known.to(index.device)
 
-    def put(self, index: Tensor, values: Tensor) -> None:
+    def put(self, index: Tensor, values: Tensor) -> Tensor:
         """Keep ``values`` (B, *) of the examples ``index`` (B,).
+
+        Returns:
+            (B, *) what :meth:`get` will give, rounded, on the device of ``values``: a run that goes on from a
+            checkpoint with an empty cache then learns the same.
 
         Raises:
             ValueError: values of another shape, or not finite in the type that is kept.
@@ -111,6 +116,7 @@ class SolutionCache:
             )
         rows = [row.flatten().view(torch.uint8).numpy().tobytes() for row in kept]
         self._rows.write(self._numbers(index), rows)
+        return kept.to(values.device, torch.float32)
 
     def _numbers(self, index: Tensor) -> list[int]:
         numbers: list[int] = index.tolist()
@@ -231,15 +237,39 @@ def fingerprint_of(weights: Mapping[str, Tensor], levels: Iterable[Level], *, so
     Args:
         weights: of the teacher, its ``state_dict``; in any order.
         levels: that the solver visits.
-        solver: its rule, and whatever else tells it from others.
+        solver: its rule, and whatever else tells it from others; see :func:`outline`.
         data: the data set's own fingerprint.
         seed: of the starts.
     """
+    told = [[float(part) for part in level] for level in levels]
+    return hashlib.sha256(repr((_digest(weights), told, solver, data, seed)).encode()).hexdigest()
+
+
+def outline(part: Any) -> Any:
+    """Class and values of a sampler, a denoiser or the like and of all its parts, as plain lists and strings.
+
+    Of a process there is the class only, as the levels of the solver say the rest.
+    """
+    if callable(part) and hasattr(part, "__qualname__"):
+        return f"{part.__module__}.{part.__qualname__}"
+    if isinstance(part, nn.Module):
+        return [outline(type(part)), _digest(part.state_dict())]
+    if isinstance(part, GaussianProcess):
+        return outline(type(part))
+    if isinstance(part, list | tuple):
+        return [outline(entry) for entry in part]
+    if isinstance(part, Tensor):
+        return part.tolist()
+    if not hasattr(part, "__dict__"):
+        return repr(part)
+    values = sorted((name, value) for name, value in vars(part).items() if name not in _COUNTERS)
+    return [outline(type(part)), *([name, outline(value)] for name, value in values)]
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         value = value.detach().cpu().contiguous()
         digest.update(repr((name, tuple(value.shape), str(value.dtype))).encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(repr([[float(part) for part in level] for level in levels]).encode())
-    digest.update(repr((solver, data, seed)).encode())
     return digest.hexdigest()

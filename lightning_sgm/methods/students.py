@@ -1,4 +1,4 @@
-"""Teachers and students of distillation: found in files, compared with the data, copied, described in checkpoints."""
+"""Teachers and students of distillation: found in files, compared with each other, copied, described in checkpoints."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import lightning_sgm
 from lightning_sgm.methods.base import GenerativeModule
+from lightning_sgm.samplers.evaluation import first
 from lightning_sgm.samplers.loop import Sampler
 from lightning_sgm.samplers.rules import Euler
 
@@ -22,11 +25,15 @@ def find_teacher(teacher: str | GenerativeModule | None, student: GenerativeModu
         FileNotFoundError: no such file, and no student.
         ValueError: no teacher is named, or it cannot be distilled.
     """
-    if teacher is None and student is None:
+    missing = isinstance(teacher, str) and not Path(teacher).exists()
+    if student is None and (teacher is None or missing):
+        alone = "; to use what was distilled in Python without it, give load(path, student=...)"
+        if missing:
+            raise FileNotFoundError(f"there is no teacher {teacher}: give --model.teacher CHECKPOINT{alone}")
         raise ValueError(
-            "a distillation needs a teacher: give --model.teacher CHECKPOINT, as `fit --config resshift` makes"
+            "a distillation needs a teacher: give --model.teacher CHECKPOINT, as `fit --config resshift` makes" + alone
         )
-    if teacher is None or (student is not None and isinstance(teacher, str) and not Path(teacher).exists()):
+    if teacher is None or missing:
         return None
     found: Any = lightning_sgm.load(teacher) if isinstance(teacher, str) else teacher
     if not all(hasattr(found, name) for name in ("denoiser", "guided", "encode", "sampler")):
@@ -38,26 +45,78 @@ def find_teacher(teacher: str | GenerativeModule | None, student: GenerativeModu
 
 
 def make_student(teacher: Any, student: GenerativeModule | None) -> Any:
-    """The student given, or a copy of the teacher; both share the teacher's codec, which is never trained."""
+    """The student given, or a copy of the teacher; both share the teacher's codec, which is never trained.
+
+    Raises:
+        ValueError: a student of another class, or with another process.
+    """
+    if teacher is not None and student is not None:
+        _check_pair(teacher, student)
+    if student is not None:
+        _own_arguments(student)
     codec: Any = getattr(teacher, "codec", None)
     # The memo keeps the codec from being copied.
     made: Any = copy.deepcopy(teacher, {id(codec): codec}) if student is None else student
     if codec is not None:
         made.codec = codec
     made.network.requires_grad_(True)
-    return made
+    return made.train()
 
 
-def check_alike(model: GenerativeModule, spec: Mapping[str, Any]) -> None:
-    """Raise a ValueError where a model was trained for other data than those of ``spec``."""
-    for name in _ALIKE:
-        if name in model.spec and name in spec and model.spec[name] != spec[name]:
+def _check_pair(teacher: Any, student: Any) -> None:
+    if not isinstance(student, type(teacher)):
+        raise ValueError(
+            f"the student is a {type(student).__name__} and the teacher a {type(teacher).__name__}: make them alike"
+        )
+    for t in (1.0, 0.5, teacher.process.t_min):
+        ours, theirs = (model.process.level(t) for model in (student, teacher))
+        if not all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(ours, theirs, strict=True)):
+            raise ValueError("student and teacher have other noise at the same time: give both the same process")
+
+
+def _own_arguments(student: GenerativeModule) -> None:
+    """Give a student that was made of a recipe its own arguments: it has those of the distillation around it."""
+    inside = student.hparams.get("student")
+    if isinstance(inside, Mapping) and "_instantiator" in student.hparams:
+        kept = {"_class_path": _path(type(student)), "_instantiator": student.hparams["_instantiator"]}
+        own = {**inside.get("init_args", {}), **kept}
+        student.hparams.clear()
+        student.hparams.update(own)
+
+
+def check_alike(model: GenerativeModule, spec: Mapping[str, Any], name: str) -> None:
+    """Raise a ValueError where a model, the "teacher" or the "student", is for other data than those of ``spec``."""
+    for entry in _ALIKE:
+        if entry in model.spec and entry in spec and model.spec[entry] != spec[entry]:
             raise ValueError(
-                f"the teacher was trained for data with {name} {model.spec[name]}, but these have {spec[name]}: "
-                f"choose data like the teacher's"
+                f"the {name} was made for data with {entry} {model.spec[entry]}, but these have {spec[entry]}: "
+                f"choose data like the {name}'s"
             )
     if model.spec["shape"][0] != spec["shape"][0]:
-        raise ValueError(f"the teacher's data have {model.spec['shape'][0]} channels, these {spec['shape'][0]}")
+        raise ValueError(f"the {name}'s data have {model.spec['shape'][0]} channels, these {spec['shape'][0]}")
+
+
+def choose_samplers(model: Any, solver: Sampler | None, sampler: Sampler | None) -> tuple[Sampler, Sampler]:
+    """The teacher's deterministic sampler and the student's, by default on the grid of the ``model``'s own.
+
+    Raises:
+        ValueError: one that does not begin at t = 1; nothing is given and the model has no grid.
+    """
+    own = model.sampler
+    if not isinstance(own, Sampler) and (solver is None or sampler is None):
+        raise ValueError(f"the teacher samples by {type(own).__name__}, which has no grid: give solver and sampler")
+    chosen = (
+        copy.copy(solver) if solver else Sampler(rule=Euler(), steps=own.steps, grid=own.grid),
+        copy.copy(sampler) if sampler else Sampler(rule=Euler(), steps=1, grid=own.grid),
+    )
+    for part in chosen:
+        # Grids in the log-SNR come back to 1 within rounding.
+        if (start := float(first(part.levels(model.process)[0]).t)) < 1.0 - 1e-6:
+            raise ValueError(
+                f"solver and sampler must begin at t = 1, where the student learns, not at {start:.3g}: give them "
+                "other grids, such as UniformTime"
+            )
+    return chosen
 
 
 def describe(model: GenerativeModule, spec: dict[str, Any], sampler: Any) -> dict[str, Any] | None:
@@ -79,5 +138,5 @@ def describe(model: GenerativeModule, spec: dict[str, Any], sampler: Any) -> dic
     return {"class_path": _path(type(model)), "init_args": {**arguments, "spec": spec, "sampler": sampler}}
 
 
-def _path(kind: type) -> str:
+def _path(kind: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
