@@ -134,7 +134,8 @@ class CLI(LightningCLI):
             print(
                 f"run: {folder} (config.yaml, checkpoints/, samples/, metrics.csv)\n"
                 f"look: tensorboard --logdir {folder}\n"
-                f"next: python -m lightning_sgm {following} --ckpt_path {folder}/checkpoints/last.ckpt{files}{self._trust()}"
+                f"next: python -m lightning_sgm {following} --ckpt_path {folder}/checkpoints/last.ckpt"
+                f"{files}{self._trust()}"
             )
 
 

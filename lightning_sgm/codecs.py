@@ -236,6 +236,9 @@ def _shorten(model: Any, layers: list[int]) -> None:
 def _load(kind: str, name: str, subfolder: str | None) -> Any:
     wanted = _class(kind)
     try:
+        # Other names may be those of the hub, which is asked for a while.
+        if not Path(name).is_dir() and (name.startswith((".", "~")) or Path(name).is_absolute() or name.count("/") > 1):
+            raise FileNotFoundError(name)
         config = wanted.load_config(name, subfolder=subfolder)
         found = config.get("_class_name", wanted.__name__)
         if found != wanted.__name__:

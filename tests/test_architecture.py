@@ -26,7 +26,7 @@ ALLOWED = {
     "tiles": set(),
     # A classifier that guides is given as a checkpoint.
     "guidance": MODELS | {"io.checkpoint"},
-    "objectives": MODELS | {"guidance"},
+    "objectives": MODELS | {"guidance", "metrics"},
     "samplers": MODELS | {"guidance"},
     "likelihood": MODELS | {"guidance", "samplers"},
     "methods": MODELS | {"guidance", "objectives", "samplers", "likelihood", "metrics", "optimizers", "tiles"},

@@ -31,6 +31,12 @@ def kl(**arguments):
     return Autoencoder("kl", config=KL, **arguments)
 
 
+def ragged(kind, **config):
+    """Levels with other numbers of layers than diffusers itself can have."""
+    given = {**(VQ if kind == "vq" else KL), "layers_per_block": [1, 3, 2], **config}
+    return Autoencoder(kind, config=given)
+
+
 def images(*shape):
     return Draw(1).normal(shape).clamp(-1, 1)
 
@@ -41,6 +47,8 @@ CODECS = {
     "unshuffle 2": lambda: PixelUnshuffle(2),
     "vq": vq,
     "kl": kl,
+    "ragged vq": lambda: ragged("vq"),
+    "ragged kl": lambda: ragged("kl"),
 }
 every_codec = pytest.mark.parametrize("make", CODECS.values(), ids=CODECS.keys())
 
@@ -131,7 +139,7 @@ def test_kl_latents_are_means_in_the_scale_of_their_configuration():
     torch.testing.assert_close(codec.decode(z), codec.model.decode(mean).sample, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [vq, kl])
+@pytest.mark.parametrize("make", [vq, kl, lambda: ragged("vq"), lambda: ragged("kl")])
 def test_a_saved_autoencoder_comes_back(make, tmp_path):
     codec, x = make(), images(1, 3, 16, 16)
     codec.model.save_pretrained(tmp_path / "vae")
@@ -145,9 +153,24 @@ def test_a_saved_autoencoder_comes_back(make, tmp_path):
         Autoencoder("kl" if codec.kind == "vq" else "vq", str(tmp_path / "vae"))
 
 
+def test_each_level_may_have_its_own_number_of_layers():
+    model = ragged("vq").model
+    assert [len(block.resnets) for block in model.encoder.down_blocks] == [1, 3, 2]
+    assert [len(block.resnets) for block in model.decoder.up_blocks] == [3, 4, 2]
+    assert model.config["layers_per_block"] == [1, 3, 2]
+    # The channels change in the first layer of a level, so as many layers everywhere are the same thing.
+    torch.manual_seed(0)
+    codec, x = ragged("vq", layers_per_block=[2, 2, 2]), images(1, 3, 16, 16)
+    even = Autoencoder("vq", config={**VQ, "layers_per_block": 2})
+    even.load_state_dict(codec.state_dict())
+    assert torch.equal(even.encode(x), codec.encode(x))
+    assert torch.equal(even.decode(even.encode(x)), codec.decode(codec.encode(x)))
+
+
 def test_a_missing_autoencoder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no VQModel with safetensors at"):
-        Autoencoder("vq", str(tmp_path / "nothing"))
+    for name in (str(tmp_path / "nothing"), "./nothing/there", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="no VQModel with safetensors at"):
+            Autoencoder("vq", name)
     (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}', encoding="utf-8")
     with pytest.raises(FileNotFoundError, match="save_pretrained"):
         Autoencoder("vq", str(tmp_path))
@@ -166,6 +189,8 @@ def test_a_missing_autoencoder(tmp_path):
         (lambda: Autoencoder(name="a", config=VQ), "exactly one of name"),
         (lambda: Autoencoder("vae", config=VQ), "must be vq or kl"),  # type: ignore[arg-type]
         (lambda: vq(scale=0.0), "scale of an Autoencoder must be positive"),
+        (lambda: ragged("vq", layers_per_block=[1, 2]), "one of 1 or more for each of 3 levels"),
+        (lambda: ragged("vq", layers_per_block=[1, 2, 0]), "one of 1 or more for each of 3 levels"),
         (lambda: Autoencoder(config={"z_channels": 3}), "none of this diffusers' VQModel: .*z_channels"),
     ],
 )

@@ -7,7 +7,7 @@ student and optimisers; what is learnt is up to the terms of :mod:`lightning_sgm
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -21,27 +21,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from lightning_sgm.methods.base import Batch, GenerativeModule
-from lightning_sgm.methods.encoded import Encoded, only
+from lightning_sgm.methods.encoded import Encoded
 from lightning_sgm.methods.learning_rate import Decay
 from lightning_sgm.methods.parts import add_means, by_name, gradient_norms, parts_of, require_manual
-from lightning_sgm.methods.solutions import SolutionCache, Solutions, fingerprint_of, outline
+from lightning_sgm.methods.solutions import SolutionCache, Solutions
+from lightning_sgm.methods.starts import Known, know, open_cache
 from lightning_sgm.methods.students import check_alike, choose_samplers, describe, find_teacher, make_student
-from lightning_sgm.objectives.distillation import Data, Phase, Regression, Solve, Term
+from lightning_sgm.objectives.distillation import Data, Phase, Regression, Term
 from lightning_sgm.optimizers import make_optimizer
 from lightning_sgm.random import Draw, mix, run_seed
 from lightning_sgm.samplers.loop import Sampler
 
 _START = 4  # purpose of random numbers
-
-
-class _Known(NamedTuple):
-    """What the phases of a step know of a part of its batch."""
-
-    start: Tensor
-    data: Tensor
-    conditions: dict[str, Tensor]
-    draw: Draw
-    solve: Solve
 
 
 class Distillation(GenerativeModule):
@@ -212,24 +203,8 @@ class Distillation(GenerativeModule):
         rank_zero_info(
             f"{type(self).__name__}: {', '.join(self._names)}; the student is a {type(self.student).__name__}"
         )
-        self._cache = None if self.solutions is None else self._open_cache(self.solutions)
-
-    def _open_cache(self, solutions: Solutions) -> SolutionCache:
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if data is None or not data.spec.get("fixed"):
-            raise ValueError(
-                "solutions are kept of the examples of a datamodule that stay the same: set data.fixed to true, or "
-                "solutions to null"
-            )
-        example = {name: value.to(self.device) for name, value in data.examples("train", 1).items()}
-        described = fingerprint_of(
-            self.teacher.state_dict(),
-            self.solver.levels(self.process),
-            solver=repr((outline(self.solver), outline(self.teacher.guided), str(self.trainer.precision))),
-            data=data.fingerprint,
-            seed=run_seed(),
-        )
-        return solutions.open(data.count("train"), self.teacher.encode(example).x0.shape[1:], described)
+        if self.solutions is not None:
+            self._cache = open_cache(self.solutions, self.teacher, self.solver, self.trainer, self.device)
 
     def configure_optimizers(self) -> Any:
         """The student's optimiser with its schedule, and that of the critics if there are any."""
@@ -257,47 +232,29 @@ class Distillation(GenerativeModule):
         means: dict[str, Tensor] = {}
         for step in range(self.critic_steps if self._critics else 0):
             last = self.reuse_sample and step == self.critic_steps - 1
-            seen = known if last or True else [self._know(*part, number, 1 + step) for number, part in enumerate(parts)]
+            seen = known if last else [self._know(*part, number, 1 + step) for number, part in enumerate(parts)]
             # The graphs of several parts at once would take the memory that parts are to save.
             kept, means = self._update_critics(seen, last and len(parts) == 1)
         own, norms = self._update_student(known, kept)
         self.tally({**means, **own}, norms)
 
-    def _know(self, batch: Batch, encoded: Encoded, number: int, repeat: int) -> _Known:
+    def _know(self, batch: Batch, encoded: Encoded, number: int, repeat: int) -> Known:
         """What there is to know of part ``number`` of a batch; ``repeat`` is other noise."""
         draw = self._train_draw(batch)
         draw = draw.fork(repeat) if draw.keys is not None else draw.fork(repeat, number)
         if self._cache is None:
-            return self._known(encoded, draw, draw)
+            return know(self.teacher, self.solver, encoded, draw, draw)
         # What is solved for the critics is in the batch for the student, who starts there again.
         fixed = Draw(mix(run_seed(), _START), keys=batch["index"].to(self.noise_device))
-        return self._known(encoded, draw, fixed, batch, self._cache)
+        return know(self.teacher, self.solver, encoded, draw, fixed, batch, self._cache)
 
-    def _known(
-        self, encoded: Encoded, draw: Draw, source: Draw, batch: Batch | None = None, cache: SolutionCache | None = None
-    ) -> _Known:
-        """With the start from ``source``, and its "solution" from the ``batch``, where it is put if it is missing."""
-        data, conditions = encoded
-        solved = {} if batch is None else batch
-        start = self.solver.prior(self.process, tuple(data.shape), source).to(data)
-
-        def solve(start: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-            if "solution" not in solved:
-                denoiser: Any = self.teacher.guided
-                found = self.solver(denoiser, None, draw, start=start, **only(conditions, denoiser))
-                solved["solution"] = found if cache is None else cache.put(solved["index"], found)
-            return solved["solution"].to(data)
-
-        return _Known(start, data, conditions, draw, solve)
-
-    def _phase(self, known: _Known) -> Phase:
+    def _phase(self, known: Known) -> Phase:
         start, data, conditions, draw, solve = known
         teacher: Any = None if self.teacher is None else self.teacher.denoiser
-        return Phase(
-            self.student.denoiser, teacher, solve, start, conditions, draw.fork(0), data=data, scale=self.scale
-        )
+        shared: dict[str, Any] = {"data": data, "scale": self.scale, "decode": self.student.decode}
+        return Phase(self.student.denoiser, teacher, solve, start, conditions, draw.fork(0), **shared)
 
-    def _update_critics(self, seen: list[_Known], keep: bool) -> tuple[Phase | None, dict[str, Tensor]]:
+    def _update_critics(self, seen: list[Known], keep: bool) -> tuple[Phase | None, dict[str, Tensor]]:
         """One update of the critics: the phase with the graph of the student's sample, if that is kept, and means."""
         optimizer = self._optimizers[1]
         optimizer.zero_grad()
@@ -316,7 +273,7 @@ class Distillation(GenerativeModule):
         self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None, self)
         return phase if keep else None, means
 
-    def _update_student(self, known: list[_Known], kept: Phase | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _update_student(self, known: list[Known], kept: Phase | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One update of the student: means, and norms of the gradients of the terms if this step is logged."""
         optimizer = self._optimizers[0]
         optimizer.zero_grad()
@@ -335,7 +292,7 @@ class Distillation(GenerativeModule):
         return means, norms
 
     def _backward(
-        self, means: dict[str, Tensor], values: dict[str, Tensor], loss: Tensor, all_parts: list[_Known]
+        self, means: dict[str, Tensor], values: dict[str, Tensor], loss: Tensor, all_parts: list[Known]
     ) -> None:
         """Gradients of the losses (B,) of one of several parts, which together are a mean."""
         share = len(loss) / sum(len(part.start) for part in all_parts)
@@ -364,7 +321,7 @@ class Distillation(GenerativeModule):
         "loss" is to the teacher's solution of the same start; "to_data", of models that complete data, to the data.
         """
         model = self.student if self.teacher is None else self.teacher
-        phase = self._phase(self._known(model.encode(batch), draw, draw))
+        phase = self._phase(know(model, self.solver, model.encode(batch), draw, draw))
         found = {} if self.teacher is None else {"loss": Regression().student(phase)}
         return {**found, "to_data": Data().student(phase)} if self.student.rivals else found
 

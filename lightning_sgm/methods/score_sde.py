@@ -127,6 +127,10 @@ class ScoreSDE(GenerativeModule):
         """The data as they are, and the conditions that the network asks for."""
         return Encoded(batch["x"], self.conditions(batch))
 
+    def decode(self, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """Samples as they are."""
+        return x0
+
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Weighted denoising error per example, (B,)."""
         conditions = self.conditions(batch, draw.fork(0) if self.training else None)

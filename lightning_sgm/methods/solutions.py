@@ -241,8 +241,10 @@ def fingerprint_of(weights: Mapping[str, Tensor], levels: Iterable[Level], *, so
         data: the data set's own fingerprint.
         seed: of the starts.
     """
-    told = [[float(part) for part in level] for level in levels]
-    return hashlib.sha256(repr((_digest(weights), told, solver, data, seed)).encode()).hexdigest()
+    digest = _digest(weights)
+    digest.update(repr([[float(part) for part in level] for level in levels]).encode())
+    digest.update(repr((solver, data, seed)).encode())
+    return digest.hexdigest()
 
 
 def outline(part: Any) -> Any:
@@ -253,7 +255,7 @@ def outline(part: Any) -> Any:
     if callable(part) and hasattr(part, "__qualname__"):
         return f"{part.__module__}.{part.__qualname__}"
     if isinstance(part, nn.Module):
-        return [outline(type(part)), _digest(part.state_dict())]
+        return [outline(type(part)), _digest(part.state_dict()).hexdigest()]
     if isinstance(part, GaussianProcess):
         return outline(type(part))
     if isinstance(part, list | tuple):
@@ -266,10 +268,10 @@ def outline(part: Any) -> Any:
     return [outline(type(part)), *([name, outline(value)] for name, value in values)]
 
 
-def _digest(weights: Mapping[str, Tensor]) -> str:
+def _digest(weights: Mapping[str, Tensor]) -> hashlib._Hash:
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         value = value.detach().cpu().contiguous()
         digest.update(repr((name, tuple(value.shape), str(value.dtype))).encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return digest

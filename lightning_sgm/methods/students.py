@@ -36,7 +36,7 @@ def find_teacher(teacher: str | GenerativeModule | None, student: GenerativeModu
     if teacher is None or missing:
         return None
     found: Any = lightning_sgm.load(teacher) if isinstance(teacher, str) else teacher
-    if not all(hasattr(found, name) for name in ("denoiser", "guided", "encode", "sampler")):
+    if not all(hasattr(found, name) for name in ("denoiser", "guided", "encode", "decode", "sampler")):
         raise ValueError(
             f"{teacher if isinstance(teacher, str) else 'the teacher'} is a {type(found).__name__}, which cannot be "
             "distilled: give a ResShift or ScoreSDE model"

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lightning_sgm.metrics.base import DoubleMetric
 from lightning_sgm.metrics.restoration import check_pair, unit
+from lightning_sgm.metrics.shift_tolerant import ShiftTolerant
 
-_WEIGHTS = "weights/vST0.0/alex_shift_tolerant.pth"  # in the package stlpips_pytorch
+_WEIGHTS = "weights/vST0.0/{net}_shift_tolerant.pth"  # in the package stlpips_pytorch
 _LEAST = 32  # side of the images of a distance
 
 
@@ -87,17 +86,22 @@ class PerceptualDistance(_Mean):
 
 
 class STLPIPS(PerceptualDistance):
-    """Shift-tolerant LPIPS on AlexNet (Ghildyal and Liu 2022, 2207.13686); 0 is best. It is not LPIPS.
+    """Shift-tolerant LPIPS (Ghildyal and Liu 2022, 2207.13686); 0 is best. It is not LPIPS.
 
     The weights come with the package stlpips-pytorch, whose file is read and whose code is not run. On bicubic x4 it
     prefers blocky nearest-neighbour images to smooth ones: report it beside PSNR.
 
+    Args:
+        net: network whose features are compared; their values do not compare, and the metric of "vgg" is st_lpips_vgg.
+
     Raises:
-        ValueError: stlpips-pytorch is not installed, or its file is another one.
+        ValueError: stlpips-pytorch is not installed, or its file is another one; net is neither of these.
     """
 
-    def __init__(self) -> None:
-        super().__init__("st_lpips", _ShiftTolerant(_read_weights()))
+    def __init__(self, net: Literal["alex", "vgg"] = "alex") -> None:
+        if net not in ("alex", "vgg"):
+            raise ValueError(f"net must be alex or vgg, got {net!r}")
+        super().__init__("st_lpips" if net == "alex" else f"st_lpips_{net}", ShiftTolerant(net, _read_weights(net)))
 
 
 class LPIPS(PerceptualDistance):
@@ -162,80 +166,13 @@ def _colors(x: Tensor) -> Tensor:
     return unit(x, rounded=True).float().expand(-1, 3, -1, -1)
 
 
-class _Blur(nn.Module):
-    """Every channel filtered by [1, 2, 1] both ways, two pixels reflected at each border, every other pixel kept."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        row = torch.tensor([0.25, 0.5, 0.25])
-        self.register_buffer("filt", torch.outer(row, row).expand(channels, 1, 3, 3).clone())
-        self.filt: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.conv2d(
-            functional.pad(x, (2, 2, 2, 2), mode="reflect"), self.filt, stride=2, groups=len(self.filt)
-        )
-
-
-class _ShiftTolerant(nn.Module):
-    """AlexNet with blurs for strides, and the weights of its five features' squared differences.
-
-    Args:
-        state: the released weights.
-    """
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        super().__init__()
-
-        def pool(channels: int) -> list[nn.Module]:
-            return [nn.MaxPool2d(3, stride=1), _Blur(channels)]
-
-        self.stages = nn.ModuleList(
-            nn.Sequential(*layers, nn.ReLU())
-            for layers in (
-                [nn.Conv2d(3, 64, 11, padding=2), _Blur(64)],
-                [*pool(64), nn.Conv2d(64, 192, 5, padding=2)],
-                [*pool(192), nn.Conv2d(192, 384, 3, padding=1)],
-                [nn.Conv2d(384, 256, 3, padding=1)],
-                [nn.Conv2d(256, 256, 3, padding=1)],
-            )
-        )
-        self.register_buffer("shift", torch.zeros(1, 3, 1, 1))
-        self.register_buffer("scale", torch.ones(1, 3, 1, 1))
-        self.weights = nn.ParameterList(torch.zeros(channels) for channels in (64, 192, 384, 256, 256))
-        self._load(state)
-
-    def _load(self, state: dict[str, Tensor]) -> None:
-        """Take the released tensors, which have other names."""
-        trunk = {name: value for name, value in state.items() if name.startswith("net.")}
-        own = list(self.stages.state_dict())
-        if len(own) != len(trunk):
-            raise ValueError(
-                f"the file {_WEIGHTS} of stlpips-pytorch has {len(trunk)} tensors of AlexNet, not {len(own)}"
-            )
-        self.stages.load_state_dict(dict(zip(own, trunk.values(), strict=True)))  # both in the order of the layers
-        for place, weight in enumerate(self.weights):
-            weight.data.copy_(state[f"lin{place}.model.1.weight"].flatten())
-        self.shift, self.scale = state["scaling_layer.shift"], state["scaling_layer.scale"]
-
-    def _features(self, x: Tensor) -> Iterator[Tensor]:
-        """Five features (B, C, h, w), their channels of length 1 at every pixel."""
-        x = (x - self.shift) / self.scale
-        for stage in self.stages:
-            x = stage(x)
-            yield functional.normalize(x, dim=1, eps=1e-10)
-
-    def forward(self, x: Tensor, truth: Tensor) -> Tensor:
-        """(B,) distances of images in [-1, 1]."""
-        pairs = zip(self._features(x), self._features(truth), self.weights, strict=True)
-        return torch.stack(
-            [torch.einsum("bchw,c->bhw", (one - other).square(), w).mean((1, 2)) for one, other, w in pairs]
-        ).sum(0)
-
-
-def _read_weights() -> dict[str, Any]:
-    """The released tensors of the installed package."""
+def _read_weights(net: str) -> dict[str, Tensor]:
+    """The released tensors of a network in the installed package."""
     spec = find_spec("stlpips_pytorch")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError("STLPIPS needs the weights in stlpips-pytorch: pip install 'lightning_sgm[restoration]'")
-    return torch.load(Path(spec.submodule_search_locations[0]) / _WEIGHTS, map_location="cpu", weights_only=True)
+    path = Path(spec.submodule_search_locations[0]) / _WEIGHTS.format(net=net)
+    if not path.is_file():
+        raise ValueError(f"this stlpips-pytorch has no {path}: pip install --force-reinstall stlpips-pytorch")
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return state

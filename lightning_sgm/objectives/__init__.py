@@ -29,6 +29,7 @@ from lightning_sgm.objectives.distillation import (
 )
 from lightning_sgm.objectives.joint import JointObjective
 from lightning_sgm.objectives.masked import MaskedObjective
+from lightning_sgm.objectives.perceptual import Perceptual
 
 __all__ = [
     "Adversarial",
@@ -46,6 +47,7 @@ __all__ = [
     "MaskedObjective",
     "MinSNR",
     "NoiseWeight",
+    "Perceptual",
     "Phase",
     "PosteriorWeight",
     "Regression",

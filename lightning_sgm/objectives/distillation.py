@@ -24,6 +24,8 @@ from lightning_sgm.random import Draw
 
 Solve = Callable[[Tensor, dict[str, Tensor]], Tensor]
 """From starts (B, *) at t = 1 and conditions to the teacher's results (B, *)."""
+Decode = Callable[[Tensor, dict[str, Tensor]], Tensor]
+"""From samples (B, *) and conditions to data."""
 Answer = Literal["x0", "noise"]
 
 
@@ -44,6 +46,7 @@ class Phase:
         data: (B, *) clean data, for terms that need them.
         solution: (B, *) results of ``solve`` from ``start``, where they are known.
         scale: standard deviation of the data; differences of samples count in units of it.
+        decode: makes of samples (B, *) and conditions what people see; by default samples are that themselves.
 
     Attributes:
         logged: values (B,) by name, without gradient, that terms leave here to be seen, such as "score_gap".
@@ -61,11 +64,12 @@ class Phase:
         data: Tensor | None = None,
         solution: Tensor | None = None,
         scale: float = 1.0,
+        decode: Decode | None = None,
     ) -> None:
         self.student, self.teacher = student, teacher
         self.start, self.conditions, self.draw, self.scale = start, conditions, draw, scale
         self.logged: dict[str, Tensor] = {}
-        self._solve, self._data, self._solution = solve, data, solution
+        self._solve, self._data, self._solution, self._decode = solve, data, solution, decode
         self._shared: dict[Hashable, Any] = {}
 
     @cached_property
@@ -100,6 +104,10 @@ class Phase:
                 'choose reference="solution" and real="solution"'
             )
         return self._data
+
+    def decode(self, sample: Tensor) -> Tensor:
+        """Images or the like of samples (B, *) of this phase."""
+        return sample if self._decode is None else self._decode(sample, self.conditions)
 
     def given(self, denoiser: BaseDenoiser) -> dict[str, Tensor]:
         """The conditions that a denoiser wants."""

@@ -7,8 +7,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lightning_sgm.io.checkpoint import load, read_checkpoint
 from tests.conftest import TINY
@@ -99,3 +101,22 @@ def test_help(cli):
     for word in ("--checkpoint", "--output", "--allow", "model.safetensors"):
         assert word in out
     assert "export " in cli("--help")[1]
+
+
+def test_of_a_distillation_the_student_is_exported(cli, tmp_path: Path):
+    """Predicts as the checkpoint does, without the teacher."""
+    for recipe, more in (("resshift", ()), ("tad_sr", ("--model.teacher", "resshift/checkpoints/last.ckpt"))):
+        code, _, err = cli("fit", "--config", recipe, *TINY[recipe], *more, "--trainer.run_dir", recipe)
+        assert code == 0, err
+    code, out, err = cli("export", "--checkpoint", "tad_sr/checkpoints/last.ckpt", "--output", "folder")
+    assert code == 0, err
+    assert "model: ResShift, " in out
+    Image.new("RGB", (19, 14), "orange").save(tmp_path / "a.png")
+    for path in ("tad_sr/checkpoints/last.ckpt", "folder"):
+        code, _, err = cli(
+            "predict", "--ckpt_path", path, "--data.path", "a.png", "--trainer.run_dir", f"of_{path[:3]}"
+        )
+        assert code == 0, err
+    theirs, ours = (np.array(Image.open(f"{folder}/restored/a.png")) for folder in ("of_tad", "of_fol"))
+    assert ours.shape == (56, 76, 3)
+    assert np.array_equal(ours, theirs)

@@ -180,7 +180,11 @@ def test_mixed_precision(cli: Any, recipe: str, teacher: Path, tmp_path: Path):
 def test_a_perceptual_loss_and_a_small_swin_unet(cli: Any, tmp_path: Path):
     pytest.importorskip("stlpips_pytorch")
     own = [option for option in TINY["resshift"] if "network" not in option]
-    swin = ("--model.network=SwinUNet", "--model.network.channels=32", "--model.network.multipliers=[1, 2]")
+    swin: tuple[str, ...] = (
+        "--model.network=SwinUNet",
+        "--model.network.channels=32",
+        "--model.network.multipliers=[1, 2]",
+    )
     swin += ("--model.network.swin_channels=32", "--model.network.window=4", "--model.network.blocks=1")
     judge = ("--model.perceptual=lightning_sgm.metrics.STLPIPS", "--model.perceptual_weight=0.1")
     metrics = ("--model.metrics+=lightning_sgm.metrics.STLPIPS", "--model.val_samples=1")

@@ -48,7 +48,7 @@ def network_state(seed: int = 0, spec: dict[str, Any] = SPEC, **arguments: Any) 
             state[f"{name}.relative_position_index"] = module.relative_position_index
         if getattr(module, "shift", 0):
             side = spec["shape"][1]  # what a mask says does not depend on it
-            seen = shift_mask(side, side, module.window, module.shift, True, torch.device("cpu"))  # type: ignore[arg-type]
+            seen = shift_mask(side, side, module.window, module.shift, True, torch.device("cpu"))
             state[f"{name}.attn_mask"] = torch.where(seen, 0.0, -100.0)
     return state
 

@@ -20,6 +20,7 @@ from lightning_sgm.io.released.model import Imported, build, save
 from lightning_sgm.io.released.radd import import_radd
 from tests.io.models import Plain
 from tests.io.released_text_files import LENGTH, V, state
+from tests.io.students import CODECS, distillation
 
 SPEC = {"kind": "text", "length": LENGTH, "vocabulary": V, "tokenizer": "bytes", "bytes_per_token": 1.0}
 NETWORK = {"class_path": "MaskedTransformer", "init_args": {"width": 32, "blocks": 3, "heads": 4, "dropout": 0.05}}
@@ -224,3 +225,36 @@ def test_from_pretrained(tmp_path: Path):
     assert torch.equal(found.network(x), load(tmp_path / "a.ckpt").network(x))  # type: ignore[operator]
     with pytest.raises(ValueError, match="folder holds a RADD, not a ScoreSDE"):
         lightning_sgm.ScoreSDE.from_pretrained(tmp_path / "folder")
+
+
+# Distillations.
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_of_a_distillation_the_student_is_written(tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    path = distillation(tmp_path, codec)
+    whole: Any = load(path)
+    assert "teacher." in str(list(whole.state_dict()))
+    export(path, tmp_path / "folder")
+    names = set(load_file(tmp_path / "folder" / "model.safetensors"))
+    assert names == {name for name in whole.student.state_dict() if codec != "named" or not name.startswith("codec.")}
+    assert any(name.startswith("codec.") for name in names) == (codec == "stored")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())["lightning_sgm"]
+    assert config["model"]["class_path"] == "lightning_sgm.methods.resshift.ResShift"
+    assert not {"teacher", "terms", "student", "solutions"} & set(config["model"]["init_args"])
+    assert config["updates"] == 5
+    found: Any = load(tmp_path / "folder")
+    assert_same(found, whole.student)
+    assert (type(found).__name__, found.sampler.steps, found.perceptual_weight) == ("ResShift", 1, 3.0)
+    low, numbers = torch.rand(2, 3, 9, 6) * 2 - 1, torch.tensor([4, 7])
+    restored = whole.student.restore(low, numbers)
+    assert torch.equal(found.restore(low, numbers), restored)
+    assert not torch.allclose(whole.teacher.restore(low, numbers), restored, atol=1e-3)
+
+    # Without the teacher, and a folder of the folder.
+    (tmp_path / "teacher.ckpt").unlink()
+    export(path, tmp_path / "again")
+    export(tmp_path / "folder", tmp_path / "thrice")
+    for name in ("again", "thrice"):
+        assert torch.equal(load(tmp_path / name).restore(low, numbers), restored)  # type: ignore[operator]

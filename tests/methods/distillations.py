@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import lightning
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -16,6 +17,7 @@ from lightning_sgm.callbacks import EMA, Checkpoints, StepSeeds
 from lightning_sgm.io.checkpoint import AtomicCheckpointIO
 from lightning_sgm.io.released.model import build
 from lightning_sgm.methods import Distillation, ResShift, ScoreSDE
+from lightning_sgm.networks import SRResNet
 from lightning_sgm.objectives import Term
 from tests.callbacks.tiny import trainer
 
@@ -94,7 +96,7 @@ def resshift(seed: int = 1, **more: Any) -> ResShift:
     model = build(restorer(**more))
     assert isinstance(model, ResShift)
     with torch.no_grad():
-        model.network.last.weight.normal_(std=0.1)  # type: ignore[union-attr]
+        cast(SRResNet, model.network).last.weight.normal_(std=0.1)
     return model.eval()
 
 
@@ -116,7 +118,7 @@ def points(network: str = "MLP", **more: Any) -> ScoreSDE:
 def keep(model: pl.LightningModule, path: Path, data: DataModule | None = None) -> str:
     """Write a checkpoint as a fit does."""
     checkpoint: dict[str, Any] = {
-        "pytorch-lightning_version": pl.__version__,
+        "pytorch-lightning_version": lightning.__version__,
         "hyper_parameters": {**model.hparams},
         "state_dict": model.state_dict(),
     }

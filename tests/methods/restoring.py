@@ -33,7 +33,7 @@ TINY_VQ: dict[str, Any] = {
 }
 
 
-def tiny_vq() -> Autoencoder:
+def tiny_vq() -> Any:
     """Latents of half the side."""
     torch.manual_seed(1)
     return Autoencoder("vq", config=TINY_VQ)
@@ -57,7 +57,7 @@ def ancestral(steps: int = 3) -> Sampler:
     return Sampler(rule=Ancestral(), steps=steps, grid=ChainGrid())
 
 
-def model(about: dict[str, Any] | None = None, codec: Codec | None = None, **arguments: Any) -> ResShift:
+def model(about: dict[str, Any] | None = None, codec: Codec | None = None, **arguments: Any) -> Any:
     """By default a ResNet that says y - x_0 = 0 at first: it then answers with the enlarged image, whatever it sees."""
     torch.manual_seed(0)
     given: dict[str, Any] = {
@@ -69,7 +69,7 @@ def model(about: dict[str, Any] | None = None, codec: Codec | None = None, **arg
     return ResShift(spec=about or spec(), codec=codec, **{**given, **arguments})
 
 
-def awake(module: ResShift) -> ResShift:
+def awake(module: Any) -> Any:
     """With a last layer that is not zero."""
     torch.nn.init.normal_(module.network.last.weight, std=0.02)
     return module.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,7 +27,6 @@ from tests.methods.distillations import (
     fitting,
     points,
     resshift,
-    sgd,
     weights,
 )
 
@@ -89,18 +88,18 @@ def test_the_score_term_pulls_the_student_where_regression_would(tmp_path: Path)
 
 
 class Critical(Adversarial):
-    """Counts what is asked of it."""
+    """Keeps what is asked of it: by whom, from which start, and whether the student's sample has a graph."""
 
     def __init__(self) -> None:
         super().__init__(0.02, hidden=4)
-        self.asked: list[str] = []
+        self.asked: list[tuple[str, torch.Tensor, bool]] = []
 
     def critic(self, phase):
-        self.asked.append("critic")
+        self.asked.append(("critic", phase.start, phase.sample.requires_grad))
         return super().critic(phase)
 
     def student(self, phase):
-        self.asked.append("student")
+        self.asked.append(("student", phase.start, phase.sample.requires_grad))
         return super().student(phase)
 
 
@@ -108,20 +107,18 @@ class Critical(Adversarial):
 def test_only_updates_of_the_student_count(tmp_path: Path, reuse: bool):
     critic, logger = Critical(), Recorded()
     module = distillation([Regression(), critic], critic_steps=2, reuse_sample=reuse, warmup=10)
-    module.train()
-    critic.asked.clear()
-    saved, rates = [], []
-    watch = Watch(
-        on_train_batch_end=lambda run, model: (
-            rates.append(run.optimizers[0].param_groups[0]["lr"]),
-            saved.append((tmp_path / "last.ckpt").exists()),
-        )
-    )
+    saved: list[bool] = []
+    rates: list[float] = []
+
+    def look(run: Any, model: Any) -> None:
+        rates.append(run.optimizers[0].param_groups[0]["lr"])
+        saved.append((tmp_path / "last.ckpt").exists())
+
     run = trainer(
         tmp_path,
         EMA(0.9, ramp=False),
         Checkpoints(every=3, folder=str(tmp_path)),
-        watch,
+        Watch(on_train_batch_end=look),
         max_steps=5,
         logger=logger,
         log_every_n_steps=2,
@@ -130,7 +127,12 @@ def test_only_updates_of_the_student_count(tmp_path: Path, reuse: bool):
     run.fit(module, Pairs())
     assert run.global_step == module.updates == 5
     assert run.fit_loop.epoch_loop.batch_progress.total.completed == 5
-    assert critic.asked == ["critic", "critic", "student"] * 5
+    assert [who for who, *_ in critic.asked] == ["critic", "critic", "student"] * 5
+    # Graphs are made where the student learns from them; critics have fresh noise but for the last, if that is reused.
+    assert [graph for *_, graph in critic.asked] == [False, reuse, True] * 5
+    starts = [start for _, start, _ in critic.asked]
+    assert len({float(start.sum()) for start in starts}) == (10 if reuse else 15)
+    assert torch.equal(starts[1], starts[2]) == reuse
     assert [step for step, row in logger.rows if "train/loss" in row] == [2, 4]
     assert rates == pytest.approx([0.05 * (n + 1) / 10 for n in range(1, 6)])
     assert run.optimizers[1].param_groups[0]["lr"] == 0.05
@@ -174,11 +176,10 @@ def test_the_average_is_of_the_student_only_and_the_teacher_rests(tmp_path: Path
 
 
 def test_a_smaller_student_is_trained_from_scratch(tmp_path: Path):
-    student = resshift(seed=3, blocks=1).requires_grad_(False).eval()
+    student: Any = resshift(seed=3, blocks=1).requires_grad_(False).eval()
     module = distillation(all_terms(), student=student)
     assert module.student is student
-    assert len(module.student.network.blocks) == 1
-    assert len(module.teacher.network.blocks) == 3
+    assert [len(model.network.blocks) for model in (module.student, module.teacher)] == [1, 3]
     assert module.solver.steps == 4
     assert module.student.sampler.steps == 1
     before = student_of(module)
@@ -210,7 +211,7 @@ class Still(Adversarial):
 
     def build(self, teacher):
         super().build(teacher)
-        for part in self.heads.modules():
+        for part in cast(torch.nn.Module, self.heads).modules():
             if hasattr(part, "n_power_iterations"):
                 part.n_power_iterations = 0
 
@@ -225,13 +226,15 @@ def test_parts_of_a_batch_and_critics(tmp_path: Path, still: bool, reuse: bool):
         critic = (Still if still else Adversarial)(1.0, hidden=4)
         terms = [HighFrequencyScore(), critic]
         module = distillation(terms, exact=True, micro_batches=parts, reuse_sample=reuse)
-        torch.nn.init.normal_(critic.heads.heads[0].conv.weight, std=0.3)
+        torch.nn.init.normal_(cast(Any, critic.heads).heads[0].conv.weight, std=0.3)
         before = critics_of(module)
         one_update(tmp_path, module)
         found.append({**student_of(module), **critics_of(module)})
         moved = distance(critics_of(module), before)
         assert moved > 1e-3
-    trained = [{name: value for name, value in each.items() if "._u" not in name and "._v" not in name} for each in found]
+    trained = [
+        {name: value for name, value in each.items() if "._u" not in name and "._v" not in name} for each in found
+    ]
     assert distance(*trained) < (1e-6 if still else 0.1 * moved)
 
 
@@ -366,3 +369,8 @@ def test_distances_of_validation_are_to_the_solution_and_to_the_data():
     for name, target in (("loss", solution), ("to_data", x0)):
         expected = ((sample - target) / 0.2).square().flatten(1).mean(1)
         torch.testing.assert_close(found[name], expected)
+
+
+def test_differences_count_in_units_of_the_residuals():
+    assert distillation([Regression()]).scale == 0.2  # the teacher's sigma_data
+    assert distillation([Regression()], scale=3.0).scale == 3.0

@@ -26,7 +26,7 @@ def by_hand(module: Any, data: Any) -> dict[str, float]:
             "bicubic": torch.nn.functional.interpolate(low, scale_factor=4, mode="bicubic").clamp(-1, 1),
             "nearest": low.repeat_interleave(4, 2).repeat_interleave(4, 3),
         }
-    found = {}
+    found: dict[str, float] = {}
     for name, answer in answers.items():
         metric = Fidelity()
         metric.update(answer, x)

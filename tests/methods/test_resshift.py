@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -110,7 +112,11 @@ def test_tiles_of_a_local_network_are_the_whole_image():
     low = images(2, 96, 64)
 
     def restored(tile: int | None, overlap: int) -> Tensor:
-        local = {"codec": PixelUnshuffle(4), "process": ResidualShift(kappa=1e-4), "sampler": ancestral(1)}
+        local: dict[str, Any] = {
+            "codec": PixelUnshuffle(4),
+            "process": ResidualShift(kappa=1e-4),
+            "sampler": ancestral(1),
+        }
         return awake(model(**local, tile=tile, overlap=overlap)).restore(low, torch.arange(2))
 
     whole = restored(None, 0)
@@ -156,7 +162,7 @@ def test_windows_and_odd_sizes(height: int, width: int):
 @pytest.mark.parametrize("needs", [1, 6, 8])
 def test_what_small_images_are_padded_to(factor: int, squares: int, needs: int):
     """The smallest side whose image has a side that codec and network take."""
-    network = Knows(torch.zeros(1))
+    network: Any = Knows(torch.zeros(1))
     network.multiple = needs
     module = model(spec(factor, 48), PixelUnshuffle(squares), network=network)
     fitting = [side for side in range(1, 100) if side * factor % (squares * needs) == 0]

@@ -6,12 +6,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_sgm.denoiser import BaseDenoiser, Denoiser, EDMPreconditioning, GaussianMixtureDenoiser, Preconditioning
+from lightning_sgm.metrics import PerceptualDistance
 from lightning_sgm.objectives import (
     ChainTimes,
     Data,
     GroundTruth,
     HighFrequencyScore,
     Inverse,
+    Perceptual,
     Phase,
     Regression,
     Term,
@@ -459,3 +461,40 @@ def test_terms_without_a_critic_have_none():
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class HalfSquare(PerceptualDistance):
+    """A stand-in: half the mean squared difference."""
+
+    def __init__(self):
+        super().__init__("half_square", torch.nn.Identity())
+
+    def distances(self, x, truth):
+        return 0.5 * (x - truth).square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("reference", ["data", "solution"])
+def test_perceptual_compares_what_is_decoded(reference):
+    """With a decoder that doubles, the stand-in is 2 mean (z_s - z_r)^2; nothing flows into the other image."""
+    decoded = []
+
+    def decode(sample, conditions):
+        decoded.append(sample)
+        return 2.0 * sample
+
+    z, data, solution = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    student = Free(VP(), z.detach())
+    phase = Phase(student, student, None, z, {}, Draw(0), data=data, solution=solution, decode=decode)
+    loss = Perceptual(HalfSquare(), reference=reference).student(phase)
+    wanted = data if reference == "data" else solution
+    torch.testing.assert_close(loss, 2.0 * (z - wanted).square().mean(1))
+    assert len(decoded) == 2
+    loss.sum().backward()
+    torch.testing.assert_close(student.answer.grad, 4.0 / 5.0 * (z - wanted).detach())
+    assert wanted.grad is None
+    assert Perceptual(HalfSquare()).state_dict() == {}
+
+
+def test_perceptual_refuses_another_reference():
+    with pytest.raises(ValueError, match="reference must be data or solution, got 'noise'"):
+        Perceptual(HalfSquare(), reference="noise")
