@@ -72,6 +72,7 @@ _OWN = {
     "resshift": (*_RESTORATION, "--model.network.init_args.channels=8", "--model.network.init_args.blocks=3"),
     "sinsr": _RESTORATION,
     "tad_sr": _RESTORATION,
+    "tad_sr_perceptual": _RESTORATION,
     "gdss": _GRAPHS,
     "gdss_molecules": (*_GRAPHS, "--model.val_samples=5"),
     "radd": _TEXT,

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import ROOT, TINY
 
 METHODS = ["radd", "score_sde", "classifier", "gdss"]
-RESTORERS = {"resshift", "sinsr", "tad_sr"}  # see test_restoration.py
+RESTORERS = {"resshift", "sinsr", "tad_sr", "tad_sr_perceptual"}  # see test_restoration.py
 GENERATORS = sorted(set(TINY) - {"classifier"} - RESTORERS)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.cli.test_commands import RESTORERS
 from tests.conftest import ROOT, TINY
 
-SLOW = {"sinsr"}  # other terms, the same ways
-RECIPES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(RESTORERS & set(TINY))]
+SLOW = {"sinsr", "tad_sr_perceptual"}  # other terms, the same ways
+_EXTRA = pytest.mark.skipif(find_spec("stlpips_pytorch") is None, reason="needs the extra restoration")
+MARKS = {name: [pytest.mark.slow] * (name in SLOW) + [_EXTRA] * ("perceptual" in name) for name in RESTORERS}
+RECIPES = [pytest.param(name, marks=MARKS[name]) for name in sorted(RESTORERS & set(TINY))]
 FIDELITY = {f"fidelity/{name}{end}" for name in ("psnr", "ssim") for end in ("", "_y")}
 FIDELITY |= {"fidelity/psnr_pooled", "fidelity/psnr_y_pooled"}
 

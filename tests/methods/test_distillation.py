@@ -213,7 +213,7 @@ class Still(Adversarial):
         super().build(teacher)
         for part in cast(torch.nn.Module, self.heads).modules():
             if hasattr(part, "n_power_iterations"):
-                part.n_power_iterations = 0
+                cast(Any, part).n_power_iterations = 0
 
 
 @pytest.mark.parametrize("reuse", [True, False])
