@@ -18,7 +18,7 @@ import datamodules  # noqa: F401  (short class names on the command line)
 from lightning_sgm import codecs, guidance, methods, networks, objectives, optimizers, samplers  # noqa: F401
 from lightning_sgm.arguments import GIVEN_HELP, Invocation, UsageError, prepare
 from lightning_sgm.callbacks import EMA, Checkpoints, Compile, SampleLogger
-from lightning_sgm.io.checkpoint import foreign_name
+from lightning_sgm.io.checkpoint import allowing, foreign_name
 from lightning_sgm.io.files import write_json
 from lightning_sgm.io.tables import table
 from lightning_sgm.messages import Parser, one_line, quiet
@@ -187,6 +187,6 @@ def _remove_if_unused(folder: Path | None, existed: bool) -> None:
 
 
 def _run(invocation: Invocation) -> int:
-    with invocation.checkpoint_config() as checkpoint:
+    with invocation.checkpoint_config() as checkpoint, allowing(invocation.allow):
         CLI(invocation.argv(checkpoint))
     return 0

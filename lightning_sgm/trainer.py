@@ -151,7 +151,9 @@ class Trainer(pl.Trainer):
         if path is not None:
             if num_samples is not None or dataloaders is not None:
                 raise ValueError(f"path {path} says what to complete: leave out num_samples and dataloaders")
-            loader = Inputs(self, cast(Any, model or self.lightning_module).inputs(path))
+            if model is None:
+                raise ValueError("predict needs the model: give model=")
+            loader = Inputs(self, cast(Any, model).inputs(path))
         elif loader is None:
             wanted = int(getattr(model, "samples_wanted", 16)) if num_samples is None else num_samples
             if wanted < 1 or batch_size < 1:

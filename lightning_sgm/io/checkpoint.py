@@ -10,6 +10,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,9 @@ from lightning_sgm.io.folders import INSTANTIATOR, read_folder
 TRUSTED = ("lightning_sgm", "datamodules", "torch.nn", "torch.optim", "torchmetrics")
 """Where the classes of a checkpoint may come from: nothing there runs foreign code when it is built; data and tasks
 may read the files that they name."""
+
+
+_allowed: ContextVar[tuple[str, ...]] = ContextVar("_allowed", default=())
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -129,6 +133,25 @@ def load(path: str | Path, allow: tuple[str, ...] = (), **overrides: Any) -> Lig
         FileNotFoundError: no such file.
         ValueError: not a checkpoint; a class that is not allowed or not there; arguments or weights do not fit.
     """
+    with allowing(allow) as allowed:
+        return _load(path, allowed, overrides)
+
+
+@contextmanager
+def allowing(packages: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """Let every ``load`` in here build classes of these packages too, and those of the blocks around.
+
+    A model may load another one, such as the teacher that it was distilled from.
+    """
+    allowed = tuple(dict.fromkeys((*_allowed.get(), *packages)))
+    token = _allowed.set(allowed)
+    try:
+        yield allowed
+    finally:
+        _allowed.reset(token)
+
+
+def _load(path: str | Path, allow: tuple[str, ...], overrides: dict[str, Any]) -> LightningModule:
     checkpoint = read_checkpoint(path)
     stored = _hyper_parameters(checkpoint)
     kind = _import_class(stored.model_class, allow, path)

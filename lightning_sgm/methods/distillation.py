@@ -23,7 +23,7 @@ from torchmetrics import Metric
 from lightning_sgm.methods.base import Batch, GenerativeModule
 from lightning_sgm.methods.encoded import Encoded
 from lightning_sgm.methods.learning_rate import Decay
-from lightning_sgm.methods.parts import add_means, by_name, gradient_norms, parts_of, require_manual
+from lightning_sgm.methods.parts import add_means, add_norms, by_name, gradient_norms, parts_of, require_manual
 from lightning_sgm.methods.solutions import SolutionCache, Solutions
 from lightning_sgm.methods.starts import Known, know, open_cache
 from lightning_sgm.methods.students import check_alike, choose_samplers, describe, find_teacher, make_student
@@ -110,6 +110,7 @@ class Distillation(GenerativeModule):
             val_samples=val_samples,
         )
         self.record(locals(), forget=("compare",))
+        self._described: dict[str, Any] | None = None
         if not terms or min(critic_steps, micro_batches) < 1 or (clip is not None and clip <= 0):
             raise ValueError("a distillation needs terms, critic_steps >= 1, micro_batches >= 1 and clip > 0 or null")
         self.automatic_optimization = False
@@ -120,8 +121,12 @@ class Distillation(GenerativeModule):
         check_alike(model, spec, "teacher")
         check_alike(self.student, spec, "student")
         self.solver, self.student.sampler = choose_samplers(model, solver, sampler)
+        if self.teacher is not None:
+            self.teacher.sampler = self.solver  # it is compared where the student learns from it
+        if sampler is None or "_instantiator" in self.hparams:
+            self._described = describe(self.student, spec, self.hparams.get("sampler"))
         if "_instantiator" in self.hparams:
-            self.hparams["student"] = describe(self.student, spec, self.hparams.get("sampler"))
+            self.hparams["student"] = self._described
         self.solutions = solutions
         self._cache: SolutionCache | None = None
         self.critic_optimizer, self.critic_steps, self.reuse_sample = critic_optimizer, critic_steps, reuse_sample
@@ -208,7 +213,8 @@ class Distillation(GenerativeModule):
 
     def configure_optimizers(self) -> Any:
         """The student's optimiser with its schedule, and that of the critics if there are any."""
-        named = [(name, p) for name, p in self.student.named_parameters(prefix="student") if p.requires_grad]
+        network = self.student.network.named_parameters(prefix="student.network")
+        named = [(name, p) for name, p in network if p.requires_grad]
         optimizer = make_optimizer(self.optimizer, named)
         found = [{"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}}]
         if critics := [(name, p) for name, p in self.terms.named_parameters(prefix="terms") if p.requires_grad]:
@@ -219,6 +225,8 @@ class Distillation(GenerativeModule):
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Add what is known of the teacher's solutions, while the batch is where they are kept."""
+        if (data := getattr(self.trainer, "datamodule", None)) is not None:
+            batch = data.on_before_batch_transfer(batch, dataloader_idx)  # Lightning asks only one of the two
         if self._cache is None or not self.trainer.training:
             return batch
         values, known = self._cache.get(batch["index"])
@@ -285,7 +293,7 @@ class Distillation(GenerativeModule):
                 losses = {name: term.student(phase) for name, term in self._names.items()}
                 total = torch.stack([term.weight * losses[name] for name, term in self._names.items()]).sum(0)
                 if (self.updates + 1) % self._cadence == 0:
-                    norms = gradient_norms(self._names, losses, phase.sample)
+                    add_norms(norms, gradient_norms(self._names, losses, phase.sample), len(total) / _count(known))
                 self._backward(means, {"loss": total, **losses, **phase.logged}, total, known)
         optimizer.step()
         cast("LRScheduler", self.lr_schedulers()).step()
@@ -295,7 +303,7 @@ class Distillation(GenerativeModule):
         self, means: dict[str, Tensor], values: dict[str, Tensor], loss: Tensor, all_parts: list[Known]
     ) -> None:
         """Gradients of the losses (B,) of one of several parts, which together are a mean."""
-        share = len(loss) / sum(len(part.start) for part in all_parts)
+        share = len(loss) / _count(all_parts)
         add_means(means, values, share)
         self.manual_backward(share * loss.mean())
 
@@ -349,8 +357,15 @@ class Distillation(GenerativeModule):
         return self._beside(lambda model: model.predict_step(batch, batch_idx))
 
     def _beside(self, answer: Callable[[GenerativeModule], Batch]) -> Batch:
+        self.student.on_part = self.on_part
         found = answer(self.student)
-        return {**found, "teacher": answer(self.teacher)["x"]} if self._compares else found
+        if not self._compares:
+            return found
+        # Pieces of images as the user wants them.
+        for name in ("on_part", "tile", "overlap"):
+            if hasattr(self.student, name):
+                setattr(self.teacher, name, getattr(self.student, name))
+        return {**found, "teacher": answer(self.teacher)["x"]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Where there is no teacher, critics are left in the file: they judge what it makes of images."""
@@ -362,6 +377,13 @@ class Distillation(GenerativeModule):
     def exported(self) -> GenerativeModule:
         """The student alone, as a model of its class that samples in one step."""
         student: GenerativeModule = self.student
-        if (described := self.hparams.get("student")) is not None:
-            student.hparams.update(described["init_args"])
+        if self._described is not None:
+            student.hparams.update(self._described["init_args"])
+        elif "_instantiator" in student.hparams:
+            raise ValueError("a sampler that was made in Python is in no file: leave it out, or distil by a recipe")
         return student
+
+
+def _count(parts: list[Known]) -> int:
+    """Examples in all parts."""
+    return sum(len(part.start) for part in parts)

@@ -72,7 +72,9 @@ class Rivalry:
     """
 
     def __init__(self, metrics: list[Metric], names: Sequence[str]) -> None:
-        self._judges = {name: [copy.deepcopy(metric) for metric in metrics] for name in names}
+        # Frozen networks are not copied with the sums.
+        frozen = {id(part): part for metric in metrics for part in getattr(metric, "frozen", ())}
+        self._judges = {name: [copy.deepcopy(metric, dict(frozen)) for metric in metrics] for name in names}
         self._evaluations, self._seen = 0.0, 0
 
     def update(self, found: dict[str, Tensor], truth: Tensor, evaluations: float) -> None:
@@ -87,7 +89,7 @@ class Rivalry:
         self._evaluations, self._seen = self._evaluations + evaluations * len(truth), self._seen + len(truth)
 
     def compute(self, module: GenerativeModule) -> dict[str, Tensor]:
-        """ "WAY/METRIC" of all processes together, scalars, and "samples/evaluations"."""
+        """Scalars of all processes together, as WAY/METRIC, and samples/evaluations."""
         results: dict[str, Tensor] = {}
         for name, metrics in self._judges.items():
             for metric in metrics:

@@ -65,3 +65,9 @@ def require_manual(trainer: Trainer) -> None:
             "trainer.accumulate_grad_batches has no effect in a distillation: leave it out, make data.batch_size "
             f"{trainer.accumulate_grad_batches} times as large, and set model.micro_batches to that number"
         )
+
+
+def add_norms(norms: dict[str, Tensor], values: dict[str, Tensor], share: float) -> None:
+    """Add to the norms of a step those of a part, which is a ``share`` of it; gradients of parts are orthogonal."""
+    for name, value in values.items():
+        norms[name] = torch.hypot(norms[name], share * value) if name in norms else share * value

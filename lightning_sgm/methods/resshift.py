@@ -69,6 +69,7 @@ class ResShift(GenerativeModule):
     """
 
     rivals = ("samples", "bicubic", "nearest")
+    forgotten = ("perceptual", "tile", "overlap")
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class ResShift(GenerativeModule):
             test_samples=test_samples,
             val_samples=val_samples,
         )
-        self.record(locals(), forget=("perceptual", "tile", "overlap"))
+        self.record(locals(), forget=self.forgotten)
         self.factor = int(entry(spec, "factor", "ResShift"))
         self.codec = Identity() if codec is None else codec
         self.network = build(network, {**spec, "shape": list(self.codec.shape(spec["shape"]))})
@@ -149,9 +150,22 @@ class ResShift(GenerativeModule):
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Encoded:
-        """Residuals of a batch in the space of the model, and y there as ``origin`` beside ``low``."""
-        conditions = self._conditions(batch["low"])
-        return Encoded(self.codec.encode(batch["x"]) - conditions["origin"], conditions)
+        """Residuals of a batch in the space of the model, and y there as ``origin`` beside ``low``.
+
+        Of what the network cannot take in one piece, whole photographs in evaluation, the middle.
+        """
+        low, x = self._middle(batch["low"]), self._middle(batch["x"], self.factor)
+        conditions = self._conditions(low)
+        return Encoded(self.codec.encode(x) - conditions["origin"], conditions)
+
+    def _middle(self, image: Tensor, scale: int = 1) -> Tensor:
+        """The middle (B, 3, h, w) of images, whose sides, over ``scale``, suit the network and are at most a tile's."""
+        for axis in (2, 3):
+            size = image.shape[axis] // scale
+            most = size if self.tile is None else min(size, self.tile)
+            kept = most // self.multiple * self.multiple or size  # what is smaller than a multiple is refused below
+            image = image.narrow(axis, (size - kept) // 2 * scale, kept * scale)
+        return image
 
     def _conditions(self, low: Tensor) -> dict[str, Tensor]:
         return {"origin": self.codec.encode(self.enlarge(low)), "low": low}
@@ -173,7 +187,7 @@ class ResShift(GenerativeModule):
         noise = draw.normal(x0.shape, x0.dtype).to(x0.device)
         answer = self.denoiser.x0(self.process.perturb(x0, level, noise), level.t, **wanted)
         error = self.objective.reduce(self.objective.squared(answer, x0, noise, level, self.process))
-        distance = self.perceptual.distances(self.decode(answer, conditions), batch["x"])
+        distance = self.perceptual.distances(self.decode(answer, conditions), self._middle(batch["x"], self.factor))
         return {"loss": error + self.perceptual_weight * distance, "error": error, "perceptual": distance}
 
     # Restoring.

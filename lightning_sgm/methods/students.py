@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 import lightning_sgm
 from lightning_sgm.methods.base import GenerativeModule
@@ -18,8 +20,11 @@ from lightning_sgm.samplers.rules import Euler
 _ALIKE = ("kind", "factor", "classes", "range")  # what the data of teacher and student have in common
 
 
+_loading: ContextVar[tuple[str, ...]] = ContextVar("_loading", default=())
+
+
 def find_teacher(teacher: str | GenerativeModule | None, student: GenerativeModule | None) -> Any:
-    """The frozen teacher; None where its file is gone but not needed, as there is a student.
+    """The frozen teacher; None where it is not needed, as there is a student, and its file is gone or of another model.
 
     Raises:
         FileNotFoundError: no such file, and no student.
@@ -35,13 +40,40 @@ def find_teacher(teacher: str | GenerativeModule | None, student: GenerativeModu
         )
     if teacher is None or missing:
         return None
-    found: Any = lightning_sgm.load(teacher) if isinstance(teacher, str) else teacher
-    if not all(hasattr(found, name) for name in ("denoiser", "guided", "encode", "decode", "sampler")):
+    if not isinstance(teacher, str):
+        return _frozen(teacher, "the teacher")
+    try:
+        found = _frozen(_load(teacher), teacher)
+        if student is not None:
+            _check_pair(found, student)
+    except ValueError as error:
+        # A student that is finished must not depend on what has become of a file.
+        if student is None:
+            raise
+        rank_zero_warn(f"{teacher} is no longer this student's teacher, and is left out: {error}")
+        return None
+    return found
+
+
+def _load(path: str) -> GenerativeModule:
+    place = str(Path(path).resolve())
+    if place in _loading.get():
+        raise ValueError(f"{path} is its own teacher: give the checkpoint of another model")
+    token = _loading.set((*_loading.get(), place))
+    try:
+        found: Any = lightning_sgm.load(path)
+    finally:
+        _loading.reset(token)
+    return found
+
+
+def _frozen(found: Any, name: str) -> Any:
+    """A copy, with the same parts, which no longer learns."""
+    if not all(hasattr(found, part) for part in ("denoiser", "guided", "encode", "decode", "sampler")):
         raise ValueError(
-            f"{teacher if isinstance(teacher, str) else 'the teacher'} is a {type(found).__name__}, which cannot be "
-            "distilled: give a ResShift or ScoreSDE model"
+            f"{name} is a {type(found).__name__}, which cannot be distilled: give a ResShift or ScoreSDE model"
         )
-    return found.requires_grad_(False).eval()
+    return copy.copy(found).requires_grad_(False).eval()
 
 
 def make_student(teacher: Any, student: GenerativeModule | None) -> Any:
@@ -72,6 +104,20 @@ def _check_pair(teacher: Any, student: Any) -> None:
         ours, theirs = (model.process.level(t) for model in (student, teacher))
         if not all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(ours, theirs, strict=True)):
             raise ValueError("student and teacher have other noise at the same time: give both the same process")
+    ours, theirs = (_space(model) for model in (student, teacher))
+    if ours != theirs:
+        raise ValueError(f"the student works on {ours}, the teacher on {theirs}: give both the same codec")
+
+
+def _space(model: Any) -> str:
+    """Codec and shape of what is modelled."""
+    codec = getattr(model, "codec", None)
+    if codec is None:
+        return f"data of shape {model.spec['shape']}"
+    # Sides of examples may differ, what a pixel becomes may not.
+    side = 64 * codec.factor
+    channels, height, _ = codec.shape([model.spec["shape"][0], side, side])
+    return f"{channels} channels of {type(codec).__name__}, {side // height} pixels a side"
 
 
 def _own_arguments(student: GenerativeModule) -> None:
@@ -129,7 +175,8 @@ def describe(model: GenerativeModule, spec: dict[str, Any], sampler: Any) -> dic
     """
     if "_instantiator" not in model.hparams:
         return None
-    arguments = {name: value for name, value in model.hparams.items() if not name.startswith("_")}
+    left_out = getattr(model, "forgotten", ())
+    arguments = {name: v for name, v in model.hparams.items() if not name.startswith("_") and name not in left_out}
     if sampler is None:
         own = arguments.get("sampler") or {}
         grid = own.get("init_args", {}).get("grid")

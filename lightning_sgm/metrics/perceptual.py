@@ -37,6 +37,11 @@ class _Mean(DoubleMetric):
         self.add_sum("total")
         self.add_sum("images")
 
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """What copies of the metric share."""
+        return self._network
+
     @torch.no_grad()
     def _judge(self, *images: Tensor) -> None:
         """Add what the network says of images."""

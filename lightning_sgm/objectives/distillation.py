@@ -229,6 +229,19 @@ class HighFrequencyScore(Term):
         self.times = times
         self.reference: Literal["solution", "data", "noise"] = reference
 
+    def build(self, teacher: BaseDenoiser) -> None:
+        """Try the law of the noise, before hours pass.
+
+        Raises:
+            ValueError: the teacher's process has no such levels.
+        """
+        try:
+            self.times(teacher.process, 2, Draw(0))
+        except ValueError as error:
+            raise ValueError(
+                f"HighFrequencyScore cannot draw its noise: {error}; or give it times, as UniformLogSNR with ratio_max"
+            ) from error
+
     def student(self, phase: Phase) -> Tensor:
         """Losses (B,): the gradient is right, the value is not to be read."""
         sample = phase.sample

@@ -97,9 +97,12 @@ def test_students_that_are_no_students_of_this_teacher():
     noisy = resshift(process={"class_path": "ResidualShift", "init_args": {"steps": 4, "kappa": 2.0}})
     with pytest.raises(ValueError, match="other noise at the same time: give both the same process"):
         distillation([Regression()], student=noisy)
-    other = resshift(spec={**Pairs().spec, "factor": 1, "low_shape": [3, 16, 16]}, codec={"class_path": "Identity"})
+    other = resshift(spec={**Pairs().spec, "factor": 1, "low_shape": [3, 16, 16]})
     with pytest.raises(ValueError, match="the student was made for data with factor 1, but these have 2"):
         distillation([Regression()], student=other)
+    space = resshift(codec={"class_path": "Identity"})
+    with pytest.raises(ValueError, match=r"on 3 channels of Identity, 1 .*, the teacher on 12 .*: give both the same"):
+        distillation([Regression()], student=space)
 
 
 def test_a_teacher_that_has_just_been_trained(tmp_path: Path):

@@ -19,6 +19,7 @@ from lightning_sgm.objectives import (
     Term,
     Times,
     UniformLogSNR,
+    perceptual,
 )
 from lightning_sgm.processes.chains import DDPMChain
 from lightning_sgm.processes.gaussian import EDM, VP, Flow
@@ -497,4 +498,30 @@ def test_perceptual_compares_what_is_decoded(reference):
 
 def test_perceptual_refuses_another_reference():
     with pytest.raises(ValueError, match="reference must be data or solution, got 'noise'"):
-        Perceptual(HalfSquare(), reference="noise")
+        Perceptual(HalfSquare(), reference="noise")  # type: ignore[arg-type]
+
+
+def test_perceptual_by_name_is_made_when_it_is_asked_for(monkeypatch):
+    """What was trained with it is loaded without the weights of its networks."""
+    made = []
+
+    def make():
+        made.append(1)
+        return HalfSquare()
+
+    monkeypatch.setitem(perceptual._DISTANCES, "st_lpips", make)
+    term, z = Perceptual("st_lpips"), torch.randn(2, 3)
+    assert not made
+    phase = Phase(Free(VP(), z), Free(VP(), z), None, z, {}, Draw(0), data=torch.zeros(2, 3))
+    for _ in range(2):
+        torch.testing.assert_close(term.student(phase), 0.5 * z.square().mean(1))
+    assert made == [1]
+    with pytest.raises(ValueError, match=r"distance must be one of st_lpips, .*, got 'lpipz'"):
+        Perceptual("lpipz")  # type: ignore[arg-type]
+
+
+def test_score_distillation_of_a_process_without_such_noise_is_refused_at_once():
+    teacher = Blind(VP())
+    with pytest.raises(ValueError, match=r"HighFrequencyScore cannot draw its noise.*UniformLogSNR"):
+        HighFrequencyScore().build(teacher)
+    HighFrequencyScore(times=UniformLogSNR(ratio_max=0.1)).build(teacher)
