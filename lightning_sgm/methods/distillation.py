@@ -362,7 +362,7 @@ class Distillation(GenerativeModule):
         if not self._compares:
             return found
         # Pieces of images as the user wants them.
-        for name in ("on_part", "tile", "overlap"):
+        for name in ("on_part", "tile", "overlap", "tile_batch"):
             if hasattr(self.student, name):
                 setattr(self.teacher, name, getattr(self.student, name))
         return {**found, "teacher": answer(self.teacher)["x"]}

@@ -59,6 +59,7 @@ class ResShift(GenerativeModule):
         tile: side of the pieces in which large images are restored, in pixels of ``low``; None for whole images,
             "auto" for the smallest that suits the network and is not below 128. Checkpoints do not keep it.
         overlap: pixels that neighbouring pieces share.
+        tile_batch: pieces that are restored at once, or more where as many images are.
         optimizer, warmup, decay, exact, metrics, test_samples, val_samples: see :class:`GenerativeModule`; AdamW at
             5e-5 without weight decay and 5000 updates of warm-up as in the paper. Metrics judge all examples of the
             split, beside nearest and bicubic interpolation; with val_samples > 0 validation does so too.
@@ -69,7 +70,7 @@ class ResShift(GenerativeModule):
     """
 
     rivals = ("samples", "bicubic", "nearest")
-    forgotten = ("perceptual", "tile", "overlap")
+    forgotten = ("perceptual", "tile", "overlap", "tile_batch")
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class ResShift(GenerativeModule):
         perceptual_weight: float = 1.0,
         tile: int | Literal["auto"] | None = "auto",
         overlap: int = 16,
+        tile_batch: int = 4,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-5, weight_decay=0.0),
         warmup: int = 5000,
         decay: Decay = "constant",
@@ -121,7 +123,7 @@ class ResShift(GenerativeModule):
         self.guided: BaseDenoiser = InRange(self.denoiser, *spec["range"]) if self.codec.of_pixels else self.denoiser
         self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
         self.tile = -(-_TILE // self.multiple) * self.multiple if tile == "auto" else tile
-        self.overlap = overlap
+        self.overlap, self.tile_batch = overlap, tile_batch
         self._check_tile()
         self.sampler.levels(process)  # a grid that does not fit is told before training
 
@@ -183,10 +185,9 @@ class ResShift(GenerativeModule):
         wanted = only(conditions, self.denoiser)
         if self.perceptual is None:
             return self.objective(self.denoiser, x0, draw, **wanted)
-        level = self.process.level(self.objective.times(self.process, len(x0), draw), x0.device)
-        noise = draw.normal(x0.shape, x0.dtype).to(x0.device)
-        answer = self.denoiser.x0(self.process.perturb(x0, level, noise), level.t, **wanted)
-        error = self.objective.reduce(self.objective.squared(answer, x0, noise, level, self.process))
+        times = self.objective.times(self.process, len(x0), draw)
+        answer, squared = self.objective.answered(times, self.denoiser, x0, draw, **wanted)
+        error = self.objective.reduce(squared)
         distance = self.perceptual.distances(self.decode(answer, conditions), self._middle(batch["x"], self.factor))
         return {"loss": error + self.perceptual_weight * distance, "error": error, "perceptual": distance}
 
@@ -207,6 +208,7 @@ class ResShift(GenerativeModule):
             multiple=self.multiple,
             tile=self.tile,
             overlap=self.overlap,
+            batch=max(self.tile_batch, len(low)),
             on_tile=self.on_part,
         )
 

@@ -329,11 +329,20 @@ class DenoisingObjective:
 
     def at(self, times: Tensor, denoiser: BaseDenoiser, x0: Tensor, draw: Draw, **conditions: Tensor) -> Tensor:
         """Losses (B,) at given times (B,): what the curve of the loss over noise levels is made of."""
+        return self.reduce(self.answered(times, denoiser, x0, draw, **conditions)[1])
+
+    def answered(
+        self, times: Tensor, denoiser: BaseDenoiser, x0: Tensor, draw: Draw, **conditions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Answers (B, *) of the kind ``weight.of`` and weighted squared errors (B, D): for losses with more to say.
+
+        Both at given times (B,).
+        """
         process = denoiser.process
         level = process.level(times, x0.device)
         noise = draw.normal(x0.shape, x0.dtype).to(x0.device)
         answer = getattr(denoiser, self.weight.of)(process.perturb(x0, level, noise), level.t, **conditions)
-        return self.reduce(self.squared(answer, x0, noise, level, process))
+        return answer, self.squared(answer, x0, noise, level, process)
 
     def reduce(self, squared: Tensor) -> Tensor:
         """Losses (B,) of squared errors (B, D)."""
