@@ -26,7 +26,7 @@ from lightning_sgm.methods.learning_rate import Decay
 from lightning_sgm.methods.parts import add_means, add_norms, by_name, gradient_norms, parts_of, require_manual
 from lightning_sgm.methods.solutions import SolutionCache, Solutions
 from lightning_sgm.methods.starts import Known, know, open_cache
-from lightning_sgm.methods.students import check_alike, choose_samplers, describe, find_teacher, make_student
+from lightning_sgm.methods.students import check_alike, choose_samplers, describe, find_teacher, leave_out, make_student
 from lightning_sgm.objectives.distillation import Data, Phase, Regression, Term
 from lightning_sgm.optimizers import make_optimizer
 from lightning_sgm.random import Draw, mix, run_seed
@@ -115,14 +115,15 @@ class Distillation(GenerativeModule):
             raise ValueError("a distillation needs terms, critic_steps >= 1, micro_batches >= 1 and clip > 0 or null")
         self.automatic_optimization = False
         self.terms = nn.ModuleList(terms)
-        self.teacher = find_teacher(teacher, student)
+        self.teacher = find_teacher(teacher, student, spec, solver, sampler)
         self.student = make_student(self.teacher, student)
         model = self.student if self.teacher is None else self.teacher
         check_alike(model, spec, "teacher")
         check_alike(self.student, spec, "student")
         self.solver, self.student.sampler = choose_samplers(model, solver, sampler)
         if self.teacher is not None:
-            self.teacher.sampler = self.solver  # it is compared where the student learns from it
+            # It is compared where the student learns from it, and these are the squares that it teaches.
+            self.teacher.sampler, self.teacher.spec = self.solver, spec
         if sampler is None or "_instantiator" in self.hparams:
             self._described = describe(self.student, spec, self.hparams.get("sampler"))
         if "_instantiator" in self.hparams:
@@ -136,9 +137,13 @@ class Distillation(GenerativeModule):
             raise ValueError(f"scale must be positive, got {self.scale}")
         for term in self._terms if self.teacher is not None else ():
             term.build(self.teacher.denoiser)
-        self.rivals = (*self.student.rivals, "teacher") if self._compares else self.student.rivals
 
     # Parts.
+
+    @property
+    def rivals(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of the student, and the teacher."""
+        return (*self.student.rivals, "teacher") if self._compares else tuple(self.student.rivals)
 
     @property
     def network(self) -> Any:  # type: ignore[override]
@@ -336,7 +341,7 @@ class Distillation(GenerativeModule):
     def rivals_of(self, batch: Batch) -> dict[str, Tensor]:
         """As the student's, and what the teacher makes of the batch."""
         found: dict[str, Tensor] = self.student.rivals_of(batch)
-        return {**found, "teacher": self.teacher.rivals_of(batch)["samples"]} if self._compares else found
+        return {**found, "teacher": self._shown_teacher().rivals_of(batch)["samples"]} if self._compares else found
 
     @property
     def sampler_evaluations(self) -> float:
@@ -359,19 +364,25 @@ class Distillation(GenerativeModule):
     def _beside(self, answer: Callable[[GenerativeModule], Batch]) -> Batch:
         self.student.on_part = self.on_part
         found = answer(self.student)
-        if not self._compares:
-            return found
-        # Pieces of images as the user wants them.
+        return {**found, "teacher": answer(self._shown_teacher())["x"]} if self._compares else found
+
+    def _shown_teacher(self) -> GenerativeModule:
+        """The teacher, who makes images in pieces as the user wants them of the student."""
         for name in ("on_part", "tile", "overlap", "tile_batch"):
             if hasattr(self.student, name):
                 setattr(self.teacher, name, getattr(self.student, name))
-        return {**found, "teacher": answer(self.teacher)["x"]}
+        teacher: GenerativeModule = self.teacher
+        return teacher
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Where there is no teacher, critics are left in the file: they judge what it makes of images."""
+        """Critics are left in the file where their teacher is gone: they judge what it makes of images."""
+        weights, own = checkpoint["state_dict"], self.terms.state_dict(prefix="terms.")
+        if any(name in weights and weights[name].shape != value.shape for name, value in own.items()):
+            leave_out(self.hparams.get("teacher"), "its critics judge other features")
+            self.teacher = None
         if self.teacher is None:
-            weights = checkpoint["state_dict"].items()
-            checkpoint["state_dict"] = {name: value for name, value in weights if not name.startswith("terms.")}
+            kept = {name: value for name, value in weights.items() if not name.startswith("terms.")}
+            checkpoint["state_dict"] = {**kept, **own}
         super().on_load_checkpoint(checkpoint)
 
     def exported(self) -> GenerativeModule:

@@ -161,10 +161,14 @@ class ResShift(GenerativeModule):
         return Encoded(self.codec.encode(x) - conditions["origin"], conditions)
 
     def _middle(self, image: Tensor, scale: int = 1) -> Tensor:
-        """The middle (B, 3, h, w) of images, whose sides, over ``scale``, suit the network and are at most a tile's."""
+        """The middle (B, 3, h, w) of images, whose sides, over ``scale``, suit the network.
+
+        They are at most a tile's or those of the training squares, which must fit into the memory.
+        """
         for axis in (2, 3):
             size = image.shape[axis] // scale
-            most = size if self.tile is None else min(size, self.tile)
+            trained = self.spec["shape"][axis - 1] // self.factor
+            most = size if self.tile is None else min(size, max(self.tile, trained))
             kept = most // self.multiple * self.multiple or size  # what is smaller than a multiple is refused below
             image = image.narrow(axis, (size - kept) // 2 * scale, kept * scale)
         return image

@@ -19,12 +19,23 @@ from lightning_sgm.samplers.rules import Euler
 
 _ALIKE = ("kind", "factor", "classes", "range")  # what the data of teacher and student have in common
 
-
 _loading: ContextVar[tuple[str, ...]] = ContextVar("_loading", default=())
 
 
-def find_teacher(teacher: str | GenerativeModule | None, student: GenerativeModule | None) -> Any:
+def find_teacher(
+    teacher: str | GenerativeModule | None,
+    student: GenerativeModule | None,
+    spec: Mapping[str, Any],
+    solver: Sampler | None,
+    sampler: Sampler | None,
+) -> Any:
     """The frozen teacher; None where it is not needed, as there is a student, and its file is gone or of another model.
+
+    Args:
+        teacher: a checkpoint, or the model.
+        student: None for one that is made of the teacher.
+        spec: of the data of the distillation.
+        solver, sampler: of teacher and student, as for :func:`choose_samplers`.
 
     Raises:
         FileNotFoundError: no such file, and no student.
@@ -46,13 +57,21 @@ def find_teacher(teacher: str | GenerativeModule | None, student: GenerativeModu
         found = _frozen(_load(teacher), teacher)
         if student is not None:
             _check_pair(found, student)
+            check_alike(found, spec, "teacher")
+            choose_samplers(found, solver, sampler)
     except ValueError as error:
         # A student that is finished must not depend on what has become of a file.
         if student is None:
             raise
-        rank_zero_warn(f"{teacher} is no longer this student's teacher, and is left out: {error}")
+        leave_out(teacher, error)
         return None
     return found
+
+
+def leave_out(teacher: Any, reason: object) -> None:
+    """Tell the user of a finished student that it goes without its teacher."""
+    if not _loading.get():  # a student in the place of a teacher is refused, which says enough
+        rank_zero_warn(f"{teacher} is no longer this student's teacher, and is left out: {reason}")
 
 
 def _load(path: str) -> GenerativeModule:

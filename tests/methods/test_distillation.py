@@ -206,6 +206,19 @@ def test_parts_of_a_batch_make_the_update_of_the_whole(tmp_path: Path):
     assert distance(*found) < 1e-6
 
 
+def test_parts_of_a_batch_have_the_gradient_norms_of_the_whole(tmp_path: Path):
+    """Seven examples in parts of three, three and one."""
+    found = []
+    for parts in (1, 3):
+        terms, logger = [Regression(2.0), HighFrequencyScore(), Data()], Recorded()
+        one_update(tmp_path, distillation(terms, exact=True, micro_batches=parts), logger=logger)
+        row = logger.rows[0][1]
+        found.append({name: value for name, value in row.items() if name.endswith("_gradient")})
+    names = ("regression", "high_frequency_score", "data")
+    assert set(found[0]) == {f"train/{name}_gradient" for name in names}
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 class Still(Adversarial):
     """Its heads' spectral norms stand still, as power iterations are made in each call."""
 

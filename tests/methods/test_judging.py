@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_sgm.metrics import Fidelity, FrechetDistance
+from lightning_sgm.methods.judging import Rivalry
+from lightning_sgm.metrics import Fidelity, FrechetDistance, PerceptualDistance
 from tests.methods.restoring import ancestral, awake, model, pictures, ready, trainer
 
 
@@ -85,6 +86,37 @@ def test_metrics_of_whole_sets_see_each_rival_and_the_data(data: Any, tmp_path: 
     names = {key for key in values if "frechet" in key}
     assert len(names) == 3
     assert len({round(values[key], 6) for key in names}) == 3
+
+
+class Judge(torch.nn.Module):
+    """Distances by a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        return (self.weights(x) - self.weights(truth)).square().mean((1, 2, 3))
+
+
+def test_frozen_networks_of_metrics_are_shared_and_their_sums_are_not():
+    metric = PerceptualDistance("judge", Judge())
+    ways = {name: torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("abc")}
+    truth = torch.zeros(2, 3, 32, 32)
+    rivalry = Rivalry([metric, Fidelity()], list(ways))
+    judges: list[Any] = [judges[0] for judges in rivalry._judges.values()]
+    assert {id(judge.frozen[0]) for judge in judges} == {id(metric.frozen[0])}
+    assert len({id(judge) for judge in judges}) == 3
+    rivalry.update(ways, truth, 1.0)
+    rivalry.update({name: x.flip(0) * 0.5 for name, x in ways.items()}, truth, 1.0)
+    for name, judge in zip(ways, judges, strict=True):
+        alone = PerceptualDistance("judge", metric.frozen[0])
+        alone.update(ways[name], truth)
+        alone.update(ways[name].flip(0) * 0.5, truth)
+        assert float(judge.compute()) == pytest.approx(float(alone.compute()), rel=1e-6)
+    assert len({round(float(judge.compute()), 6) for judge in judges}) == 3
+    with pytest.raises(ValueError, match="has seen no image"):
+        metric.compute()
 
 
 def test_no_metrics_no_restoring(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
