@@ -159,6 +159,8 @@ def check_alike(model: GenerativeModule, spec: Mapping[str, Any], name: str) -> 
             )
     if model.spec["shape"][0] != spec["shape"][0]:
         raise ValueError(f"the {name}'s data have {model.spec['shape'][0]} channels, these {spec['shape'][0]}")
+    if (codec := getattr(model, "codec", None)) is not None:
+        codec.shape(spec["shape"])
 
 
 def choose_samplers(model: Any, solver: Sampler | None, sampler: Sampler | None) -> tuple[Sampler, Sampler]:

@@ -192,7 +192,7 @@ def test_other_methods_take_no_files_and_teach_nothing(cli: Any, files: Path):
         (("TEACHER", "--data.factor=2"), ("factor 4", "2")),
         (("TEACHER", "--data.crop=30"), ("crop must be divisible by the factor 4, got 30",)),
         (("TEACHER", "--data.fixed=false"), ("set data.fixed to true",)),
-        (("TEACHER", "--model.solver.steps=20"), ("chain of 15", "at most 15 steps")),
+        (("TEACHER", "--model.solver.grid=ChainGrid", "--model.solver.steps=20"), ("chain of 15", "at most 15 steps")),
     ],
 )
 def test_teachers_that_do_not_fit(cli: Any, files: Path, teacher: Path, arguments: tuple[str, ...], words: Any):
