@@ -55,7 +55,7 @@ class Distillation(GenerativeModule):
             fixed too, and the teacher samples it only once. None: it samples every batch.
         critic_optimizer: of the critics.
         critic_steps: updates of the critics before each of the student.
-        reuse_sample: the student sees the critics' last noise and samples again (TAD-SR); otherwise fresh ones (SiD).
+        reuse_sample: the student is trained on the sample that the critics saw last (TAD-SR), not on a new one (SiD).
         micro_batches: parts into which a batch is split to save memory; their gradients are added up.
         clip: largest norm of the student's gradients, and of the critics'; None for no clipping.
         scale: standard deviation of what is modelled, in units of which terms count differences; None: the sigma_data
