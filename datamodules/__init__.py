@@ -6,6 +6,7 @@ from datamodules.graphs import GraphDataModule
 from datamodules.images import ImageDataModule
 from datamodules.markov import MarkovDataModule
 from datamodules.molecules import MoleculeDataModule
+from datamodules.series import SeriesDataModule
 from datamodules.super_resolution import SuperResolutionDataModule
 from datamodules.text import TextDataModule
 
@@ -16,6 +17,7 @@ __all__ = [
     "ImageDataModule",
     "MarkovDataModule",
     "MoleculeDataModule",
+    "SeriesDataModule",
     "SuperResolutionDataModule",
     "TextDataModule",
 ]

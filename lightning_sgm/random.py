@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _SEED = "PL_GLOBAL_SEED"  # Lightning's, which child processes inherit
+_COMMON = -1  # no counter of a fork
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -89,13 +90,22 @@ class Draw:
         seed: any integer; use ``mix(run_seed(), ...)``.
         keys: (B,) int64, one per row of everything that will be drawn; None for one shared generator.
         device: where results live; with ``keys`` it is theirs.
+        common: seed of what all rows on all processes have in common, for a ``seed`` of one process; None for ``seed``.
     """
 
-    def __init__(self, seed: int, keys: Tensor | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        seed: int,
+        keys: Tensor | None = None,
+        device: torch.device | str = "cpu",
+        common: int | None = None,
+    ) -> None:
         self.seed = seed
+        self.common = seed if common is None else common
         self.keys = keys
         self.device = torch.device(device) if keys is None else keys.device
         self._calls = 0
+        self._shared: Draw | None = None
         self._generator: torch.Generator | None = None
         if keys is None:
             self._generator = torch.Generator(self.device)
@@ -103,20 +113,27 @@ class Draw:
 
     def fork(self, *counters: int) -> Draw:
         """An independent source for another purpose (same rows), a function of this one's seed and ``counters``."""
-        return Draw(mix(self.seed, *counters), self.keys, self.device)
+        return Draw(mix(self.seed, *counters), self.keys, self.device, mix(self.common, *counters))
+
+    @property
+    def shared(self) -> Draw:
+        """The source of numbers that all rows on all processes share, such as one time for a batch; without keys."""
+        if self._shared is None:
+            self._shared = Draw(mix(self.common, _COMMON), device=self.device)
+        return self._shared
 
     def rows(self, index: Tensor) -> Draw:
         """The source of the rows ``index`` (int64 or bool), fresh from its first call; needs ``keys``."""
         if self.keys is None:
             raise ValueError("rows of a Draw without keys are not defined: give keys, one per row")
-        return Draw(self.seed, self.keys[index])
+        return Draw(self.seed, self.keys[index], common=self.common)
 
     def split(self, count: int) -> Draw:
         """The source for ``count`` rows in place of each one, in order; itself without ``keys``."""
         if self.keys is None:
             return self
         parts = torch.arange(count, device=self.device)
-        return Draw(self.seed, (self.keys[:, None] * count + parts).flatten())
+        return Draw(self.seed, (self.keys[:, None] * count + parts).flatten(), common=self.common)
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Uniform numbers in [0, 1) of ``shape``, with as many random bits as ``dtype`` has digits (float64 53)."""

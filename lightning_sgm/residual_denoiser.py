@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_sgm.denoiser import BaseDenoiser, Denoiser, Label, Preconditioning
-from lightning_sgm.processes.gaussian import GaussianProcess, Level, Time
+from lightning_sgm.denoiser import Denoiser, Label, Preconditioning
+from lightning_sgm.processes.gaussian import GaussianProcess, Level
 
 Output = Literal["xstart", "residual", "epsilon", "epsilon_scale"]
 Scaling = Literal["latent", "pixel", "none"]
@@ -81,7 +81,7 @@ class ResidualDenoiser(Denoiser):
         super().__init__(network, process, preconditioning)
         self._asked = self.conditions
         if isinstance(preconditioning, ResShiftPreconditioning):
-            self.conditions = _with_origin(self.conditions)
+            self.conditions = with_origin(self.conditions)
 
     def _output(self, x: Tensor, level: Level, conditions: dict[str, Tensor]) -> Tensor:
         output = super()._output(x, level, conditions)
@@ -93,43 +93,18 @@ class ResidualDenoiser(Denoiser):
         self, x: Tensor, level: Level, conditions: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         if isinstance(self.preconditioning, ResShiftPreconditioning):
-            x = x + _origin(conditions, "ResidualDenoiser")
+            x = x + origin_of(conditions, "ResidualDenoiser")
         given = {name: value for name, value in conditions.items() if name != "origin" or "origin" in self._asked}
         return super()._inputs(x, level, given)
 
 
-class InRange(BaseDenoiser):
-    """A denoiser of residuals whose estimate of the image, y + x0, is clipped: sampling in pixel space.
-
-    Not for training, which would get no gradient from what is clipped.
-
-    Args:
-        denoiser: whose answer is clipped.
-        low: smallest value of an image.
-        high: largest.
-    """
-
-    def __init__(self, denoiser: BaseDenoiser, low: float = -1.0, high: float = 1.0) -> None:
-        super().__init__(denoiser.process)
-        if low >= high:
-            raise ValueError(f"InRange needs low < high, got {low} and {high}")
-        self.denoiser, self.low, self.high = denoiser, low, high
-        self.conditions, self.classes = _with_origin(denoiser.conditions), denoiser.classes
-
-    def x0(self, x: Tensor, t: Time, **conditions: Tensor) -> Tensor:
-        """E[x_0 - y | x_t], with the image in range; see :class:`~lightning_sgm.denoiser.BaseDenoiser`."""
-        origin = _origin(conditions, "InRange")
-        wanted = {name: conditions[name] for name in self.denoiser.conditions if name in conditions}
-        residual = self.denoiser.x0(x, t, **wanted)
-        self.cost = self.denoiser.cost
-        return (origin + residual).clamp(self.low, self.high) - origin
-
-
-def _with_origin(conditions: tuple[str, ...]) -> tuple[str, ...]:
+def with_origin(conditions: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of conditions with "origin" among them."""
     return conditions if "origin" in conditions else (*conditions, "origin")
 
 
-def _origin(conditions: dict[str, Tensor], user: str) -> Tensor:
+def origin_of(conditions: dict[str, Tensor], user: str) -> Tensor:
+    """The degraded image (B, *), or a ValueError that names the ``user`` who misses it."""
     if "origin" not in conditions:
         raise ValueError(f"{user} needs the condition origin, the degraded image that residuals are counted from")
     return conditions["origin"]

@@ -68,7 +68,19 @@ _RESTORATION = (
     "--data.batch_size=2",
     "--samples.count=2",
 )
+_SERIES = (
+    *_SHORT,
+    "--model.network.init_args.width=8",
+    "--model.network.init_args.blocks=1",
+    "--model.test_samples=30",
+    "--model.compared=8",
+    "--model.sampler.init_args.steps=3",
+    "--data.windows=200",
+    "--data.batch_size=16",
+    "--samples.count=3",
+)
 _OWN = {
+    "pad_ts": _SERIES,
     "resshift": (*_RESTORATION, "--model.network.init_args.channels=8", "--model.network.init_args.blocks=3"),
     "sinsr": _RESTORATION,
     "tad_sr": _RESTORATION,

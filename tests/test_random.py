@@ -318,3 +318,29 @@ def test_errors_name_the_fix():
         Draw(1).rows(torch.tensor([0]))
     with pytest.raises(ValueError, match="high at least 1"):
         Draw(1).integers(0, (3,))
+
+
+# What all rows and processes share.
+
+
+def test_shared_numbers_are_the_same_on_all_processes_and_for_all_rows():
+    ranks = [Draw(mix(7, rank), common=3) for rank in (0, 1)]
+    exact = [Draw(3, keys=keys) for keys in (KEYS, KEYS[:2] + 1)]
+    same = [[draw.shared.uniform((2,)), draw.shared.uniform((2,))] for draw in (*ranks, *exact)]
+    for found in same[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, same[0], strict=True))
+    assert not torch.equal(*same[0])  # it goes on from call to call
+    assert not torch.equal(ranks[0].uniform((2,)), ranks[1].uniform((2,)))
+    assert not torch.equal(Draw(4).shared.uniform((2,)), same[0][0])
+
+
+def test_forks_rows_and_parts_share_too():
+    first, second = (Draw(seed, common=5) for seed in (1, 2))
+    assert torch.equal(first.fork(8).shared.uniform((3,)), second.fork(8).shared.uniform((3,)))
+    assert not torch.equal(first.fork(8).shared.uniform((3,)), first.fork(9).shared.uniform((3,)))
+    keyed = Draw(1, KEYS, common=5)
+    expected = first.shared.uniform((3,))
+    for draw in (keyed, keyed.rows(torch.tensor([2, 0])), keyed.split(3)):
+        assert torch.equal(draw.shared.uniform((3,)), expected)
+    # And it is neither of the sources it comes from.
+    assert not torch.equal(expected, Draw(5).uniform((3,)))

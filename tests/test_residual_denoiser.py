@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from lightning_sgm.denoiser import Denoiser, EDMPreconditioning, GaussianMixtureDenoiser, Preconditioning
+from lightning_sgm.guidance import ResidualInRange
 from lightning_sgm.objectives.denoising import ChainTimes, DenoisingObjective, EDMWeight
 from lightning_sgm.processes import VP, ResidualShift
 from lightning_sgm.random import Draw
-from lightning_sgm.residual_denoiser import InRange, ResidualDenoiser, ResShiftPreconditioning
+from lightning_sgm.residual_denoiser import ResidualDenoiser, ResShiftPreconditioning
 
 PROCESS = ResidualShift()
 ETA = PROCESS.table**2
@@ -200,7 +201,7 @@ def test_a_perfect_denoiser_has_no_hsd_but_sds_where_student_and_reference_agree
 def test_images_are_kept_in_range():
     network, (x, y, low) = Toy(), images()
     inner = ResidualDenoiser(network, PROCESS, EDMPreconditioning(0.5))
-    denoiser = InRange(inner)
+    denoiser = ResidualInRange(inner)
     assert denoiser.conditions == ("low", "origin")
     found, free = (d.x0(x - y, 0.4, low=low, origin=y) for d in (denoiser, inner))
     image = y + free
@@ -213,7 +214,7 @@ def test_images_are_kept_in_range():
     inner.cost = 2
     denoiser.x0(x - y, 0.4, low=low, origin=y)
     assert denoiser.cost == 2
-    with pytest.raises(ValueError, match="InRange needs the condition origin"):
+    with pytest.raises(ValueError, match="ResidualInRange needs the condition origin"):
         denoiser.x0(x, 0.4, low=low)
 
 
@@ -223,7 +224,7 @@ def test_images_are_kept_in_range():
         (lambda: ResShiftPreconditioning("x0"), "output must be xstart, residual"),  # type: ignore[arg-type]
         (lambda: ResShiftPreconditioning(scaling="unit"), "scaling must be latent"),  # type: ignore[arg-type]
         (lambda: ResidualDenoiser(Toy(), VP()), "the label index needs a discrete chain"),
-        (lambda: InRange(Denoiser(Toy(), VP(), Preconditioning()), 1.0, 1.0), "InRange needs low < high"),
+        (lambda: ResidualInRange(Denoiser(Toy(), VP(), Preconditioning()), 1.0, 1.0), "InRange needs low < high"),
     ],
 )
 def test_bad_arguments(make, message):

@@ -1,6 +1,7 @@
 """Guidance: wrappers of denoisers that are denoisers."""
 
 from lightning_sgm.guidance.classes import ClassifierFree, ClassifierGuidance, NoisyClassifier
+from lightning_sgm.guidance.clipping import InRange, ResidualInRange
 from lightning_sgm.guidance.inverse import Average, Gray, LinearOperator, Mask, Matrix, PosteriorMatching
 
 __all__ = [
@@ -8,9 +9,11 @@ __all__ = [
     "ClassifierFree",
     "ClassifierGuidance",
     "Gray",
+    "InRange",
     "LinearOperator",
     "Mask",
     "Matrix",
     "NoisyClassifier",
     "PosteriorMatching",
+    "ResidualInRange",
 ]

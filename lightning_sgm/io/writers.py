@@ -226,6 +226,10 @@ def writer_for(spec: dict[str, Any]) -> Writer:
         from lightning_sgm.io.molecules import MoleculeWriter
 
         return MoleculeWriter(spec["atoms"])
+    if kind == "series":
+        from lightning_sgm.io.series import SeriesWriter
+
+        return SeriesWriter(spec["columns"], spec["scaling"], spec["length"])
     raise ValueError(f"there is no writer for data of kind {kind!r}: give your own Writer as writer=")
 
 

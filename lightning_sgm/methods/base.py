@@ -202,9 +202,10 @@ class GenerativeModule(LightningModule):
         # Counts finished batches, not updates: with gradient accumulation every micro-batch has its own noise, and a
         # step that an interruption cut short is repeated with the same.
         step = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        common = mix(run_seed(), _TRAIN, step)
         if self.exact:
-            return Draw(mix(run_seed(), _TRAIN, step), keys=batch["index"].to(self.noise_device))
-        return Draw(mix(run_seed(), _TRAIN, step, self.global_rank), device=self.noise_device)
+            return Draw(common, keys=batch["index"].to(self.noise_device))
+        return Draw(mix(run_seed(), _TRAIN, step, self.global_rank), device=self.noise_device, common=common)
 
     @property
     def noise_device(self) -> torch.device:

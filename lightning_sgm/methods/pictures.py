@@ -13,6 +13,7 @@ from lightning_sgm.methods.base import Batch, Curve
 from lightning_sgm.processes.gaussian import Level, as_time, match
 
 if TYPE_CHECKING:
+    from lightning_sgm.methods.pad_ts import PaDTS
     from lightning_sgm.methods.resshift import ResShift
     from lightning_sgm.methods.score_sde import ScoreSDE
 
@@ -44,7 +45,7 @@ def denoising_strips(module: ScoreSDE) -> Batch:
     return {"x": rows[None]}
 
 
-def loss_curve(module: ScoreSDE | ResShift) -> Curve | None:
+def loss_curve(module: ScoreSDE | ResShift | PaDTS) -> Curve | None:
     """Mean loss of validation examples at levels spread evenly in ln(sigma / alpha); None without a DataModule."""
     data: Any = getattr(module.trainer, "datamodule", None)
     if data is None or not hasattr(data, "examples"):

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 
 from lightning_sgm.codecs import Codec, Identity
 from lightning_sgm.denoiser import BaseDenoiser, Preconditioning
+from lightning_sgm.guidance.clipping import ResidualInRange
 from lightning_sgm.methods.base import Batch, Curve, GenerativeModule
 from lightning_sgm.methods.encoded import Encoded, only
 from lightning_sgm.methods.image_files import Pictures
@@ -26,7 +27,7 @@ from lightning_sgm.processes.chains import as_chain
 from lightning_sgm.processes.gaussian import GaussianProcess
 from lightning_sgm.processes.residual import ResidualShift
 from lightning_sgm.random import Draw
-from lightning_sgm.residual_denoiser import InRange, ResidualDenoiser, ResShiftPreconditioning
+from lightning_sgm.residual_denoiser import ResidualDenoiser, ResShiftPreconditioning
 from lightning_sgm.samplers.grids import ChainGrid
 from lightning_sgm.samplers.loop import Sampler
 from lightning_sgm.samplers.rules import Ancestral
@@ -120,7 +121,9 @@ class ResShift(GenerativeModule):
         steps = as_chain(process, "the paper's sampler").steps if sampler is None else 0
         self.sampler = sampler or Sampler(rule=Ancestral(), steps=steps, grid=ChainGrid())
         self.denoiser = ResidualDenoiser(self.network, process, preconditioning)
-        self.guided: BaseDenoiser = InRange(self.denoiser, *spec["range"]) if self.codec.of_pixels else self.denoiser
+        self.guided: BaseDenoiser = self.denoiser
+        if self.codec.of_pixels:
+            self.guided = ResidualInRange(self.denoiser, *spec["range"])
         self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
         self.tile = -(-_TILE // self.multiple) * self.multiple if tile == "auto" else tile
         self.overlap, self.tile_batch = overlap, tile_batch

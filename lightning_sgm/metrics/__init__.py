@@ -14,15 +14,22 @@ from lightning_sgm.metrics.likelihood import BitsPerDim, TokenLikelihood
 from lightning_sgm.metrics.molecules import MoleculeQuality, SimilarityToData
 from lightning_sgm.metrics.nspdk import NSPDK
 from lightning_sgm.metrics.perceptual import LPIPS, STLPIPS, NoReference, PerceptualDistance
+from lightning_sgm.metrics.post_hoc import DiscriminativeAccuracy, PredictiveScore
 from lightning_sgm.metrics.restoration import Fidelity
+from lightning_sgm.metrics.series import AutocorrelationDistance, CorrelationDistance, ValueDistance
 from lightning_sgm.metrics.text import NGramJudge, UnigramEntropy
+from lightning_sgm.metrics.two_sample import ClassifierTwoSample
 
 __all__ = [
     "FCD",
     "LPIPS",
     "NSPDK",
     "STLPIPS",
+    "AutocorrelationDistance",
     "BitsPerDim",
+    "ClassifierTwoSample",
+    "CorrelationDistance",
+    "DiscriminativeAccuracy",
     "DoubleMetric",
     "EnergyDistance",
     "ExampleMean",
@@ -34,7 +41,9 @@ __all__ = [
     "NGramJudge",
     "NoReference",
     "PerceptualDistance",
+    "PredictiveScore",
     "SimilarityToData",
     "TokenLikelihood",
     "UnigramEntropy",
+    "ValueDistance",
 ]

@@ -4,6 +4,7 @@ from lightning_sgm.networks.base import Network, Spec, TokenNetwork, build
 from lightning_sgm.networks.ddpm import DDPM
 from lightning_sgm.networks.diffusers_unet import DiffusersUNet
 from lightning_sgm.networks.discriminator import TimeAwareHeads
+from lightning_sgm.networks.dual_channel import DualChannel
 from lightning_sgm.networks.exact_markov import ExactMarkov
 from lightning_sgm.networks.graph_score import GraphScore
 from lightning_sgm.networks.huggingface import HuggingFaceMaskedLM
@@ -19,6 +20,7 @@ __all__ = [
     "DDPM",
     "MLP",
     "DiffusersUNet",
+    "DualChannel",
     "ExactMarkov",
     "GraphScore",
     "HuggingFaceMaskedLM",

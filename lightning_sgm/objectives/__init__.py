@@ -30,6 +30,7 @@ from lightning_sgm.objectives.distillation import (
 from lightning_sgm.objectives.joint import JointObjective
 from lightning_sgm.objectives.masked import MaskedObjective
 from lightning_sgm.objectives.perceptual import Perceptual
+from lightning_sgm.objectives.population import Population, PopulationObjective, SharedTime
 
 __all__ = [
     "Adversarial",
@@ -49,8 +50,11 @@ __all__ = [
     "NoiseWeight",
     "Perceptual",
     "Phase",
+    "Population",
+    "PopulationObjective",
     "PosteriorWeight",
     "Regression",
+    "SharedTime",
     "Term",
     "Times",
     "UniformLogSNR",

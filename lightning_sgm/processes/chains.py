@@ -1,4 +1,4 @@
-"""Discrete chains as Gaussian processes over their own tables: DDPM (VP) and SMLD (VE).
+"""Discrete chains as Gaussian processes over their own tables: DDPM and cosine (VP), and SMLD (VE).
 
 A chain x_0, ..., x_{N-1} of noisy states has a time for each: index i is at t = (i + 1) / N, so that t = 0 is the clean
 data (the paper's sigma_{-1} = 0) and t = 1 the last state. At these times the levels are the chain's table, hence its
@@ -29,8 +29,7 @@ class Chain(GaussianProcess):
     """
 
     def __init__(self, steps: int) -> None:
-        if steps < 2:
-            raise ValueError(f"{type(self).__name__} needs at least 2 steps, got {steps}")
+        _check_steps(steps, type(self).__name__)
         self.steps = steps
         self.t_min = self.chain_step = 1.0 / steps
 
@@ -50,36 +49,22 @@ class Chain(GaussianProcess):
         return self.index(t)
 
 
-class DDPMChain(Chain):
-    """x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z, beta_i from beta_min / N to beta_max / N (Ho et al. 2020).
-
-    The discrete form of :class:`~lightning_sgm.processes.gaussian.VP`. Network label: i, as in their code.
+class _BetaChain(Chain):
+    """Base of the chains x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z, given their table.
 
     Args:
-        steps: N; must be larger than ``beta_max``.
-        beta_min: N times the first beta.
-        beta_max: N times the last.
+        betas: (N,) float64, in (0, 1).
+
+    Attributes:
+        betas: the same.
     """
 
-    def __init__(self, steps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
-        super().__init__(steps)
-        if not 0 < beta_min < beta_max:
-            raise ValueError(f"beta_min and beta_max must satisfy 0 < beta_min < beta_max, got {beta_min}, {beta_max}")
-        if beta_max >= steps:
-            raise ValueError(
-                f"a DDPMChain of {steps} steps has beta_max / steps = {beta_max / steps:.3g}, but no step can replace "
-                f"all of the signal by noise: use more than {beta_max:g} steps, or a smaller beta_max"
-            )
-        self.beta_min, self.beta_max = beta_min, beta_max
-        # B = -ln(alpha^2) at t = 0, 1/N, ..., 1, and its slope there per step, both (N + 1,).
-        lost = -torch.log1p(-self.betas)
-        total = torch.cat([torch.zeros(1, dtype=torch.float64), lost.cumsum(0)])
-        self._total = MonotoneCubic(total)
-
-    @property
-    def betas(self) -> Tensor:
-        """beta_i, (N,) float64."""
-        return torch.linspace(self.beta_min, self.beta_max, self.steps, dtype=torch.float64) / self.steps
+    def __init__(self, betas: Tensor) -> None:
+        super().__init__(len(betas))
+        self.betas = betas
+        # B = -ln(alpha^2) at t = 0, 1/N, ..., 1, (N + 1,).
+        lost = -torch.log1p(-betas)
+        self._total = MonotoneCubic(torch.cat([torch.zeros(1, dtype=torch.float64), lost.cumsum(0)]))
 
     def integral(self, t: Tensor) -> Tensor:
         """B(t) = -ln(alpha^2), a monotone cubic through the chain's own values."""
@@ -92,6 +77,55 @@ class DDPMChain(Chain):
     def sigma(self, t: Tensor) -> Tensor:
         """sqrt(1 - exp(-B))."""
         return torch.sqrt(-torch.expm1(-self.integral(t)))
+
+
+class DDPMChain(_BetaChain):
+    """x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z, beta_i from beta_min / N to beta_max / N (Ho et al. 2020).
+
+    The discrete form of :class:`~lightning_sgm.processes.gaussian.VP`. Network label: i, as in their code.
+
+    Args:
+        steps: N; must be larger than ``beta_max``.
+        beta_min: N times the first beta.
+        beta_max: N times the last.
+    """
+
+    def __init__(self, steps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        _check_steps(steps, "DDPMChain")
+        if not 0 < beta_min < beta_max:
+            raise ValueError(f"beta_min and beta_max must satisfy 0 < beta_min < beta_max, got {beta_min}, {beta_max}")
+        if beta_max >= steps:
+            raise ValueError(
+                f"a DDPMChain of {steps} steps has beta_max / steps = {beta_max / steps:.3g}, but no step can replace "
+                f"all of the signal by noise: use more than {beta_max:g} steps, or a smaller beta_max"
+            )
+        self.beta_min, self.beta_max = beta_min, beta_max
+        super().__init__(torch.linspace(beta_min, beta_max, steps, dtype=torch.float64) / steps)
+
+
+class CosineChain(_BetaChain):
+    """The cosine chain: alpha^2 is f((i + 1) / N) / f(0), f(u) = cos^2(pi/2 (u + s) / (1 + s)).
+
+    beta_i = 1 - f((i + 1) / N) / f(i / N), cut at ``beta_max`` (Nichol and Dhariwal 2021, 2102.09672, eq. 17), which
+    only the last one is. The discrete form of :class:`~lightning_sgm.processes.gaussian.Cosine`. Network label: i.
+
+    Args:
+        steps: N; 250 or 500 in PaD-TS (Li et al. 2025, 2501.00910), 1000 or 4000 for images.
+        offset: s >= 0.
+        beta_max: largest beta, below 1.
+    """
+
+    def __init__(self, steps: int = 250, offset: float = 0.008, beta_max: float = 0.999) -> None:
+        _check_steps(steps, "CosineChain")
+        if offset < 0 or not 0 < beta_max < 1:
+            raise ValueError(f"CosineChain needs offset >= 0 and beta_max in (0, 1), got {offset} and {beta_max}")
+        self.offset, self.beta_max = offset, beta_max
+        place = torch.arange(steps + 1, dtype=torch.float64) / steps
+        angle = 0.5 * math.pi * (place + offset) / (1.0 + offset)
+        low, high = angle[:-1], angle[1:]
+        # cos^2(low) - cos^2(high) as a product: the difference would cancel.
+        betas = torch.sin(high - low) * torch.sin(high + low) / torch.cos(low) ** 2
+        super().__init__(betas.clamp_max(beta_max))
 
 
 class SMLDChain(Chain):
@@ -138,6 +172,11 @@ class SMLDChain(Chain):
         return (place / self.steps).clamp(0.0, 1.0)
 
 
+def _check_steps(steps: int, name: str) -> None:
+    if steps < 2:
+        raise ValueError(f"{name} needs at least 2 steps, got {steps}")
+
+
 def as_chain(process: GaussianProcess, user: str) -> Chain:
     """The process itself if it is a discrete chain.
 
@@ -146,8 +185,8 @@ def as_chain(process: GaussianProcess, user: str) -> Chain:
     """
     if not isinstance(process, Chain):
         raise ValueError(
-            f"{user} needs a discrete chain, and {type(process).__name__} is none: choose DDPMChain (the discrete "
-            f"VP) or SMLDChain (the discrete VE); sub-VP has no discrete form, train it in continuous time"
+            f"{user} needs a discrete chain, and {type(process).__name__} is none: choose DDPMChain or CosineChain "
+            f"(discrete VP) or SMLDChain (the discrete VE); sub-VP has no discrete form, train it in continuous time"
         )
     return process
 

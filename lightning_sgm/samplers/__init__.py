@@ -2,7 +2,7 @@
 
 from lightning_sgm.samplers.diffusers import DiffusersRule
 from lightning_sgm.samplers.evaluation import Evaluation
-from lightning_sgm.samplers.grids import ChainGrid, Grid, Karras, LogUniform, UniformTime
+from lightning_sgm.samplers.grids import ChainGrid, Grid, Karras, LogUniform, StridedChain, UniformTime
 from lightning_sgm.samplers.hooks import AnnealedLangevin, Clamp, Hook, Langevin
 from lightning_sgm.samplers.known import Replacement
 from lightning_sgm.samplers.loop import Sampler
@@ -44,6 +44,7 @@ __all__ = [
     "Rule",
     "Sampler",
     "Stay",
+    "StridedChain",
     "TrailingChain",
     "UniformTime",
     "UnmaskingSampler",

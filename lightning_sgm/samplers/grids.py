@@ -140,3 +140,27 @@ class ChainGrid(Grid):
         last = chain.steps - 1
         # Integer arithmetic, rounded to the nearest index.
         return torch.stack([chain.time(last - (2 * k * last + steps) // max(1, 2 * steps)) for k in range(steps + 1)])
+
+
+class StridedChain(Grid):
+    """Every i-th index of a discrete chain of T, from 0: "ddimN" of improved-diffusion, as PaD-TS samples.
+
+    i is the smallest stride with N indices 0, i, 2 i, ... below T, so the run starts before the chain's last index
+    unless N is T. Where N divides T it is diffusers' "leading" spacing.
+    """
+
+    def times(self, process: GaussianProcess, steps: int) -> Tensor:
+        """Times of ``steps`` + 1 indices, for as many steps of a sampler with finish "clean".
+
+        Raises:
+            ValueError: the process is no discrete chain, or has no such stride.
+        """
+        chain = as_chain(process, "StridedChain")
+        count = steps + 1
+        stride = -(-chain.steps // count)
+        if (fewer := len(range(0, chain.steps, stride))) != count:
+            more = "" if stride == 1 else f" or {len(range(0, chain.steps, stride - 1))}"
+            raise ValueError(
+                f"StridedChain: no stride visits {count} levels of a chain of {chain.steps}; take {fewer}{more}"
+            )
+        return chain.time(torch.arange(count).flip(0) * stride)

@@ -99,12 +99,24 @@ def _add_noise(evaluate: Evaluation, mean: Any, std: Any, draw: Draw) -> Any:
 
 
 class Euler(Rule):
-    """First-order solver of the probability-flow ODE in sigma / alpha: DDIM with eta = 0. One evaluation a step."""
+    """DDIM, the first-order solver of the probability-flow ODE in sigma / alpha. One evaluation a step.
+
+    Args:
+        eta: how much of the noise is drawn anew, in [0, 1]: its standard deviation in that of the posterior (Song et
+            al. 2021, 2010.02502, eq. 16). 0 is the ODE, 1 is :class:`Ancestral`.
+    """
+
+    def __init__(self, eta: float = 0.0) -> None:
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta of Euler must lie in [0, 1], got {eta}")
+        self.eta = eta
 
     def coefficients(self, process: GaussianProcess, level: Level, target: Level) -> Coefficients:
-        """(a, b) of :func:`euler_scales` and no noise."""
-        a, b = euler_scales(level, target)
-        return a, b, torch.zeros_like(a)
+        """(a, b) of :func:`euler_scales` to a target of so much less noise, and the noise."""
+        _, std = process.posterior(torch.ones_like(level.t), torch.zeros_like(level.t), level, target)
+        fresh = self.eta * std
+        a, b = euler_scales(level, target._replace(sigma=torch.sqrt(target.sigma**2 - fresh**2)))
+        return a, b, fresh
 
 
 class Heun(Rule):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_sgm.processes import CLEAN, VE, VP, DDPMChain, SMLDChain, SubVP
+from lightning_sgm.processes import CLEAN, VE, VP, Cosine, CosineChain, DDPMChain, SMLDChain, SubVP
 from lightning_sgm.processes.chains import as_chain
 from lightning_sgm.random import Draw
 from lightning_sgm.testing import check_process
@@ -14,6 +14,9 @@ CHAINS = {
     "DDPM": DDPMChain(),
     "shortest DDPM": DDPMChain(21),
     "gentle DDPM": DDPMChain(50, 0.5, 5.0),
+    "cosine": CosineChain(),
+    "short cosine": CosineChain(8),
+    "cosine from 1": CosineChain(40, 0.0, 0.9),
     "SMLD": SMLDChain(),
     "SMLD of ten": SMLDChain(10, 0.01, 1.0),
     "shortest SMLD": SMLDChain(2),
@@ -46,6 +49,61 @@ def test_ddpm_levels_are_its_table(steps, low, high):
     torch.testing.assert_close(level.sigma, sigma, rtol=1e-11, atol=0)
     assert float(chain.betas[0]) == pytest.approx(low / steps)
     assert float(chain.betas[-1]) == pytest.approx(high / steps)
+
+
+# pad_ts.md section 2: beta_0, abar_0, sqrt(1 - abar_0), abar_{T/2}, abar_{T-2}, abar_{T-1}.
+COSINE = {
+    250: (1.94269e-4, 0.99980573, 0.013938, 0.48761043, 3.88598e-5, 3.88598e-8),
+    500: (8.74241e-5, 0.99991258, 0.009350, 0.49072683, 9.71504e-6, 9.71504e-9),
+}
+
+
+@pytest.mark.parametrize("steps", COSINE)
+def test_cosine_levels_are_the_measured_table(steps):
+    chain = CosineChain(steps)
+    level = chain.level(chain.time(torch.arange(steps)))
+    kept = level.alpha**2
+    found = (chain.betas[0], kept[0], level.sigma[0], kept[steps // 2], kept[-2], kept[-1])
+    digits = ("{:.5e}", "{:.8f}", "{:.6f}", "{:.8f}", "{:.5e}", "{:.5e}")
+    expected = [form.format(value) for form, value in zip(digits, COSINE[steps], strict=True)]
+    assert [form.format(float(value)) for form, value in zip(digits, found, strict=True)] == expected
+
+
+@pytest.mark.parametrize(("steps", "offset", "beta_max"), [(250, 0.008, 0.999), (500, 0.008, 0.999), (30, 0.1, 0.3)])
+def test_cosine_levels_are_products_of_its_betas(steps, offset, beta_max):
+    def f(u):
+        return math.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
+
+    betas = torch.tensor(
+        [min(1 - f((i + 1) / steps) / f(i / steps), beta_max) for i in range(steps)], dtype=torch.float64
+    )
+    chain = CosineChain(steps, offset, beta_max)
+    torch.testing.assert_close(chain.betas, betas, rtol=1e-11, atol=0)
+    kept = torch.cumprod(1 - betas, 0)
+    level = chain.level(chain.time(torch.arange(steps)))
+    torch.testing.assert_close(level.alpha**2, kept, rtol=1e-11, atol=0)
+    torch.testing.assert_close(level.sigma**2, 1 - kept, rtol=1e-11, atol=0)
+    if beta_max == 0.999:
+        assert (chain.betas < beta_max).sum() == steps - 1
+        # Uncut, it is the continuous schedule at its times.
+        continuous = Cosine(offset).level(chain.time(torch.arange(steps - 1)))
+        torch.testing.assert_close(level.alpha[:-1], continuous.alpha, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("steps", [250, 500])
+def test_posterior_of_the_cosine_chain(steps):
+    """c1 = beta sqrt(abar_{t-1}) / (1 - abar), c2 = (1 - abar_{t-1}) sqrt(1 - beta) / (1 - abar), and variances."""
+    chain, index = CosineChain(steps), torch.arange(1, steps)
+    before, level = chain.level(chain.time(index - 1)), chain.level(chain.time(index))
+    one, zero = torch.ones(len(index), dtype=torch.float64), torch.zeros(len(index), dtype=torch.float64)
+    beta, kept = chain.betas[1:], torch.cumprod(1 - chain.betas, 0)
+    c1, std = chain.posterior(one, zero, level, before)
+    c2, _ = chain.posterior(zero, one, level, before)
+    torch.testing.assert_close(c1, beta * kept[:-1].sqrt() / (1 - kept[1:]), rtol=1e-10, atol=0)
+    torch.testing.assert_close(c2, (1 - kept[:-1]) * (1 - beta).sqrt() / (1 - kept[1:]), rtol=1e-10, atol=0)
+    torch.testing.assert_close(std**2, beta * (1 - kept[:-1]) / (1 - kept[1:]), rtol=1e-10, atol=0)
+    torch.testing.assert_close(c1 + c2 * level.alpha, before.alpha, rtol=0, atol=1e-13)
+    torch.testing.assert_close(chain.transition(before, level)[1] ** 2, beta, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize(("steps", "low", "high"), [(1000, 0.02, 100.0), (10, 0.01, 50.0), (2, 0.01, 1.0)])
@@ -145,6 +203,9 @@ def test_everything_is_finite_from_the_first_index_on(chain):
         (lambda: DDPMChain(5), "beta_max / steps = 4"),
         (lambda: DDPMChain(100, 3.0, 2.0), "0 < beta_min < beta_max"),
         (lambda: DDPMChain(1, 0.1, 0.5), "DDPMChain needs at least 2 steps, got 1"),
+        (lambda: CosineChain(1), "CosineChain needs at least 2 steps, got 1"),
+        (lambda: CosineChain(10, -0.1), "offset >= 0 and beta_max in .* got -0.1 and 0.999"),
+        (lambda: CosineChain(10, beta_max=1.0), r"beta_max in \(0, 1\)"),
         (lambda: SMLDChain(0), "SMLDChain needs at least 2 steps"),
         (lambda: SMLDChain(10, 2.0, 1.0), "0 < sigma_min < sigma_max, got 2.0, 1.0"),
         (lambda: SMLDChain(10, 1.0, 1.0), "0 < sigma_min < sigma_max"),

@@ -1,0 +1,236 @@
+"""PaD-TS: population-aware diffusion for time series (Li et al. 2025, 2501.00910)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torchmetrics import Metric
+
+from datamodules.scaling import Scaling
+from lightning_sgm.codecs import Codec, Identity, Whitening
+from lightning_sgm.denoiser import BaseDenoiser, Denoiser, Preconditioning
+from lightning_sgm.guidance.clipping import InRange
+from lightning_sgm.methods.base import Batch, Curve, GenerativeModule
+from lightning_sgm.methods.encoded import Encoded
+from lightning_sgm.methods.learning_rate import Decay
+from lightning_sgm.methods.pictures import loss_curve
+from lightning_sgm.methods.series_completion import CompletionTest, completed
+from lightning_sgm.methods.series_inputs import SeriesInputs
+from lightning_sgm.methods.series_tasks import SeriesTask
+from lightning_sgm.networks.base import Network, Spec, build, entry
+from lightning_sgm.networks.dual_channel import DualChannel
+from lightning_sgm.objectives.population import PopulationObjective
+from lightning_sgm.processes.chains import CosineChain, as_chain
+from lightning_sgm.processes.gaussian import GaussianProcess
+from lightning_sgm.random import Draw
+from lightning_sgm.samplers.grids import ChainGrid
+from lightning_sgm.samplers.loop import Sampler
+from lightning_sgm.samplers.rules import Ancestral
+
+_VIEWS = ("windows", "values", "correlations", "autocorrelation")
+_FITTED = 20000  # windows from which a codec learns
+
+
+class PaDTS(GenerativeModule):
+    """Generates windows of multivariate series one by one and as a population: values and correlations are the data's.
+
+    With nothing but ``spec`` it is the paper's method: a cosine chain of 250 steps, prediction of x_0 by the network of
+    two channels, one time for all windows of a batch, the discrepancy of correlations beside the squared error, and the
+    ancestral sampler with the chain's own variances and clipped estimates.
+
+    Args:
+        spec: of a :class:`~datamodules.SeriesDataModule`.
+        network: a network for windows (L', D), or a factory that receives ``spec``.
+        codec: from scaled windows to the space of the model, such as :class:`~lightning_sgm.codecs.Whitening`, which
+            learns from the training windows when training starts; the windows themselves by default, as in the paper.
+        process: how windows become noise.
+        preconditioning: what the network predicts; x_0, told the index, by default.
+        objective: law of t, weights, and the population term, which sees the windows behind codec and scaling.
+        sampler: rule and grid that run time backwards; the paper's, over all indices of the chain, by default.
+        clip: whether estimates of x_0 are kept in [-1, 1] in sampling; None: where the model's space has that range,
+            for data scaled by "minmax" without a codec.
+        task: what samples are to complete, :class:`~lightning_sgm.methods.Forecast` or
+            :class:`~lightning_sgm.methods.Impute`; ``test`` then reports the error on held-out windows, and ``predict``
+            completes those, or the gaps of ``--data.path``. None for windows from scratch. Checkpoints do not keep it.
+        compared: windows of data and samples that are compared in pictures during training.
+        optimizer, warmup, decay, exact, metrics, test_samples, val_samples: see :class:`GenerativeModule`; AdamW at
+            1e-4 without weight decay, falling linearly to 0, as in the paper.
+
+    Raises:
+        ValueError: data of another kind; a codec, grid or chain that does not fit.
+    """
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        network: Network | Callable[[Spec], Network] = DualChannel,
+        codec: Codec | None = None,
+        process: GaussianProcess = CosineChain(),
+        preconditioning: Preconditioning = Preconditioning(prediction="x0", label="index"),
+        objective: PopulationObjective | None = None,
+        sampler: Sampler | None = None,
+        clip: bool | None = None,
+        task: SeriesTask | None = None,
+        compared: int = 256,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0),
+        warmup: int = 0,
+        decay: Decay = "linear",
+        exact: bool = False,
+        metrics: list[Metric] | None = None,
+        test_samples: int = 1024,
+        val_samples: int = 0,
+    ) -> None:
+        super().__init__(
+            spec=spec,
+            optimizer=optimizer,
+            warmup=warmup,
+            decay=decay,
+            exact=exact,
+            metrics=metrics,
+            test_samples=test_samples,
+            val_samples=val_samples,
+        )
+        if compared < 2:
+            raise ValueError(f"compared must be at least 2 windows, got {compared}")
+        self.record(locals(), forget=("task",))
+        self.scaling = Scaling(entry(spec, "scaling", "PaDTS"))
+        self.codec = Identity() if codec is None else codec
+        self.shape = self.codec.shape(spec["shape"])
+        self.network = build(network, {**spec, "shape": list(self.shape)})
+        self.process = process
+        self.objective = objective or PopulationObjective()
+        if sampler is None:
+            steps = as_chain(process, "the paper's sampler").steps
+            sampler = Sampler(rule=Ancestral(noise="transition"), steps=steps, grid=ChainGrid())
+        self.sampler = copy.copy(sampler)  # it counts evaluations
+        self.denoiser = Denoiser(self.network, process, preconditioning)
+        in_range = isinstance(self.codec, Identity) and self.scaling.kind == "minmax"
+        self.guided: BaseDenoiser = InRange(self.denoiser) if (in_range if clip is None else clip) else self.denoiser
+        self.task = task
+        self.compared = compared
+        self._completion: CompletionTest | None = None
+        self.sampler.levels(process)  # a grid that does not fit is told before training
+
+    @property
+    def unsaved(self) -> tuple[str, ...]:  # type: ignore[override]
+        """A codec that finds its numbers itself."""
+        return () if self.codec.stored else ("codec.",)
+
+    # Between windows and the space of the model.
+
+    def on_fit_start(self) -> None:
+        """Let the codec learn, unless it came with a checkpoint, and say what is trained."""
+        if isinstance(self.codec, Whitening) and not self.codec.fitted:
+            data: Any = getattr(self.trainer, "datamodule", None)
+            if data is None:
+                raise ValueError("Whitening learns from the data: fit with a DataModule, or call codec.fit before")
+            windows = data.examples("train", _FITTED)["x"]
+            self.codec.fit(windows.to(self.device))
+            rank_zero_info(f"Whitening: learnt from {len(windows):,} training windows")
+        super().on_fit_start()
+
+    def encode(self, batch: Batch) -> Encoded:
+        """Windows in the space of the model."""
+        return Encoded(self.codec.encode(batch["x"]), {})
+
+    def decode(self, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """Windows as the DataModule scales them."""
+        return self.codec.decode(x0).float()
+
+    def _values(self, x0: Tensor) -> Tensor:
+        """Windows (B, L, D) in original units."""
+        return self.scaling.unscale(self.codec.decode(x0))
+
+    @property
+    def _affine(self) -> bool:
+        """Whether model space and original units differ by no more than a scale and a shift of each dimension."""
+        linear = self.scaling.kind in ("minmax", "standard") and not any(self.spec["scaling"]["log"])
+        return linear and isinstance(self.codec, Identity)
+
+    # Training.
+
+    def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """In training "loss" and "error" (B,) and the batch's "population"; else the squared error, "loss" (B,)."""
+        x0 = self.encode(batch).x0
+        if not self.training:
+            return self.objective.evaluate(self.denoiser, x0, draw)
+        # Correlations do not see a scale and a shift.
+        return self.objective(self.denoiser, x0, draw, decode=None if self._affine else self._values)
+
+    # Sampling.
+
+    def sample(self, indices: Tensor, **conditions: Any) -> Batch:
+        """Windows (n, L', D) as the DataModule scales them; with a task held-out windows that are completed."""
+        if self.task is not None:
+            return completed(self, self.task, self._held_out(indices))
+        x = self.sampler(self.guided, (len(indices), *self.shape), self.sample_draw(indices))
+        return {"x": self.decode(x, {})}
+
+    def _held_out(self, indices: Tensor) -> Batch:
+        """Test windows, number i modulo their number."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if data is None:
+            raise ValueError(f"{type(self.task).__name__} completes windows, give some: --data.path FILE.csv")
+        batch = data.examples("test", int(indices.max()) + 1 if len(indices) else 1)
+        chosen = indices.cpu() % len(batch["index"])
+        return {"x": batch["x"][chosen].to(self.device), "index": indices}
+
+    def inputs(self, path: str) -> Sequence[dict[str, Any]]:
+        """The windows of a file that have gaps to fill, or the one whose future is to be forecast.
+
+        Raises:
+            ValueError: no task says which of the two, or the file does not suit the model.
+            FileNotFoundError: no such file.
+        """
+        if self.task is None:
+            raise ValueError("say what is to be found in the file: --model.task Impute or --model.task Forecast")
+        return SeriesInputs(path, self, self.task.horizon)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Samples, or the windows of a file completed."""
+        if self.task is None:
+            return super().predict_step(batch, batch_idx)
+        return completed(self, self.task, batch if "known" in batch else self._held_out(batch["index"]))
+
+    # Judging.
+
+    def on_test_start(self) -> None:
+        """With a task, judge completions and nothing else."""
+        if self.task is None:
+            super().on_test_start()
+        else:
+            self._completion = CompletionTest(self.task)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Losses, and real data for the sample metrics or completions of them."""
+        if self._completion is None:
+            super().test_step(batch, batch_idx)
+        else:
+            self._completion.update(self, batch)
+
+    def on_test_epoch_end(self) -> None:
+        """The metrics of samples, or the errors of completions."""
+        if self._completion is None:
+            super().on_test_epoch_end()
+            return
+        found, self._completion = self._completion.compute(), None
+        self.log_dict({f"test/{name}": value for name, value in found.items()}, sync_dist=True)
+
+    def pictures(self) -> dict[str, Batch | Curve]:
+        """Samples beside data: windows, values, correlations and autocorrelations; the loss over the noise levels."""
+        found: dict[str, Batch | Curve] = {}
+        curve = loss_curve(self)
+        if curve is not None:
+            found["loss_by_level"] = curve
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if data is None or self.task is not None:
+            return found
+        samples = self.sample(torch.arange(self.compared, device=self.device))["x"]
+        real = data.examples("val", self.compared)["x"]
+        return found | {view: {"x": samples, "real": real, "view": view} for view in _VIEWS}
