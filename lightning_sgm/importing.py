@@ -12,11 +12,15 @@ from lightning_sgm.commands import CommandParser, Refusal, run_command
 
 
 class _Source(NamedTuple):
-    """Where weights come from: the function that imports them, given file and model, and what the help says."""
+    """Where weights come from: the function that imports them, given file and model, and what the help says.
+
+    With ``data`` the function is also given --data.
+    """
 
     module: str
     function: str
     help: str
+    data: bool = False
 
 
 SOURCES = {
@@ -57,6 +61,13 @@ SOURCES = {
         "import_tad_sr",
         "He et al. 2024: TAD-SR.pth or TAD-faceir.pth, likewise, as a ResShift model of one step",
     ),
+    "pad_ts": _Source(
+        "lightning_sgm.io.released.pad_ts",
+        "import_pad_ts",
+        "Li et al. 2025: model_*.pt of a run of their code, with --data; 4 heads, and 250 diffusion steps (500 at width "
+        "256), unless --model says otherwise",
+        data=True,
+    ),
 }
 """By name; a new source is one function in ``lightning_sgm.io.released`` and a line here."""
 
@@ -76,13 +87,17 @@ def _run(given: argparse.Namespace) -> None:
         raise Refusal(f"{output} exists already: remove it or give another --output")
     if not path.exists():
         raise Refusal(f"there is no {path}: download the weights and give the file or folder")
-    _import(SOURCES[given.source], path, output, given.model)
+    source = SOURCES[given.source]
+    if given.data is not None and not source.data:
+        takers = ", ".join(name for name, other in SOURCES.items() if other.data)
+        raise Refusal(f"--data is for {takers} only: leave it out")
+    _import(source, path, output, (given.model, given.data) if source.data else (given.model,))
 
 
-def _import(source: _Source, path: Path, output: Path, model: str | None) -> None:
+def _import(source: _Source, path: Path, output: Path, options: tuple[str | None, ...]) -> None:
     from lightning_sgm.io.released.model import save
 
-    imported = getattr(importlib.import_module(source.module), source.function)(path, model)
+    imported = getattr(importlib.import_module(source.module), source.function)(path, *options)
     module: Any = save(imported, output)
     for line in imported.about:
         print(line)
@@ -110,5 +125,12 @@ def _parser() -> CommandParser:
         "--model",
         help="which of the models below it is, where the weights do not tell; or, for all sources, a recipe (name or "
         "YAML file) with the settings of a model of your own",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="pad_ts: the data it was trained on, as the checkpoint lacks their range: a .csv, .npy or .npz file (any "
+        "with the same columns, minima and maxima does), or sines for the generated waves; a recipe given by --model "
+        "may choose columns, or name the data instead",
     )
     return parser

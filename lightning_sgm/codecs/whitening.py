@@ -44,6 +44,7 @@ class Whitening(Codec):
         if not 0 < power <= 1 or floor <= 0:
             raise ValueError(f"Whitening needs a power in (0, 1] and a floor > 0, got {power} and {floor}")
         self.power, self.floor = power, floor
+        self._fitted = False
         for name in ("mean", "forward_map", "backward_map"):
             self.register_buffer(name, torch.zeros(0, dtype=torch.float64))
 
@@ -51,29 +52,34 @@ class Whitening(Codec):
         """The same; makes room for the map of data of this shape."""
         size = math.prod(data)
         if len(self.mean) != size:
-            self.mean = torch.zeros(size, dtype=torch.float64)
-            self.forward_map = torch.zeros(size, size, dtype=torch.float64)
-            self.backward_map = torch.zeros(size, size, dtype=torch.float64)
+            self._fitted = False
+            self.mean = self.mean.new_zeros(size)
+            self.forward_map = self.mean.new_zeros(size, size)
+            self.backward_map = self.mean.new_zeros(size, size)
         return tuple(data)
 
     @property
     def fitted(self) -> bool:
         """Whether :meth:`fit` has been called, now or before the checkpoint was written."""
-        return bool(self.forward_map.any())
+        # Asked at every step: the device is waited for only until the answer is yes.
+        self._fitted = self._fitted or bool(self.forward_map.any())
+        return self._fitted
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
         """Learn the map from examples (N, *), N >= 2.
 
         Raises:
-            ValueError: the examples are fewer than two or do not vary.
+            ValueError: the examples are fewer than two, do not vary, or are not finite.
         """
+        self.shape(x.shape[1:])
         values = x.flatten(1).to(self.mean)
+        # The sum too, as one number that is not finite makes it so.
+        if len(values) < 2 or not (values.var(0).sum() > 0 and values.sum().isfinite()):
+            raise ValueError(f"Whitening needs finite examples that vary, got {len(values)} that do not")
         covariance = torch.cov(values.T).reshape(len(self.mean), -1)
         variances, basis = torch.linalg.eigh(covariance)
         total = variances.clamp_min(0.0).mean()
-        if len(values) < 2 or not total > 0:
-            raise ValueError(f"Whitening needs examples that vary, got {len(values)} that do not")
         roots = (variances.clamp_min(0.0) + self.floor * total) ** (0.5 * self.power)
         # With a power below 1 the scale is free: unit variance on average.
         roots = roots * torch.sqrt((variances.clamp_min(0.0) / roots**2).mean())

@@ -114,6 +114,11 @@ def _training_examples(module: GenerativeModule, count: int) -> Batch | None:
 def _named(metric: Metric, group: str) -> dict[str, Tensor]:
     value = metric.compute()
     name = str(getattr(metric, "name", type(metric).__name__))
-    if isinstance(value, dict):
-        return {f"{group}/{name}/{key}": torch.as_tensor(entry).float() for key, entry in value.items()}
-    return {f"{group}/{name}": torch.as_tensor(value).float()}
+    if not isinstance(value, dict):
+        return {f"{group}/{name}": torch.as_tensor(value).float()}
+    # What a metric is named after, and its error, need no second name.
+    own = {key: key == name or key.startswith(f"{name}_") for key in value}
+    return {
+        f"{group}/{key}" if own[key] else f"{group}/{name}/{key}": torch.as_tensor(entry).float()
+        for key, entry in value.items()
+    }

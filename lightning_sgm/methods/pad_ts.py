@@ -202,10 +202,9 @@ class PaDTS(GenerativeModule):
 
     def on_test_start(self) -> None:
         """With a task, judge completions and nothing else."""
-        if self.task is None:
+        self._completion = None if self.task is None else CompletionTest(self.task, self.device)
+        if self._completion is None:
             super().on_test_start()
-        else:
-            self._completion = CompletionTest(self.task)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses, and real data for the sample metrics or completions of them."""
@@ -232,5 +231,6 @@ class PaDTS(GenerativeModule):
         if data is None or self.task is not None:
             return found
         samples = self.sample(torch.arange(self.compared, device=self.device))["x"]
-        real = data.examples("val", self.compared)["x"]
+        # Those it learns from: held-out ones may be of another time, with other levels.
+        real = data.examples("train", self.compared)["x"]
         return found | {view: {"x": samples, "real": real, "view": view} for view in _VIEWS}

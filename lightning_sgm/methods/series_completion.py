@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from lightning_sgm.methods.series_tasks import SeriesTask
 
 _MASK = 1  # purpose of random numbers
-_LOW, _HIGH = 0.1, 0.9  # the band of 80 %
+_OUTSIDE = 0.1  # of the band of 80 %, on either side
 _AT_ONCE = 1024  # completions drawn at once
+_OF_SAMPLES, _OF_LINES = ("mae", "rmse", "crps", "coverage_80"), ("mae", "rmse")
 
 
 def completed(module: PaDTS, task: SeriesTask, batch: Batch) -> Batch:
@@ -61,16 +63,19 @@ class CompletionTest:
 
     In units of each dimension's range in the training data: "mae" and "rmse" of the median and the mean of the samples,
     "crps", the continuous ranked probability score of the samples (Gneiting and Raftery 2007, eq. 21, with the fair
-    estimate of the spread), and "coverage_80", how often the truth lies between the 10 % and 90 % quantiles. "mae" and
-    "rmse" also of straight lines between known values (at an end, the nearest), as "interpolation".
+    estimate of the spread), and "coverage_80", how often the truth lies in the :func:`band` of 80 %. "mae" and "rmse"
+    also of straight lines between known values (at an end, the nearest), as "interpolation".
 
     Args:
         task: what is known.
+        device: of the model.
     """
 
-    def __init__(self, task: SeriesTask) -> None:
+    def __init__(self, task: SeriesTask, device: torch.device | str = "cpu") -> None:
         self.task = task
-        self._means: dict[str, ExampleMean] = {}
+        # All at once: a process without windows meets the others in compute.
+        names = (*(f"completion/{name}" for name in _OF_SAMPLES), *(f"interpolation/{name}" for name in _OF_LINES))
+        self._means = {name: ExampleMean().to(device) for name in names}
 
     def update(self, module: PaDTS, batch: Batch) -> None:
         """Complete the windows of a test batch and compare."""
@@ -79,18 +84,17 @@ class CompletionTest:
         samples, truth = (module.scaling.unit(found[name]).unflatten(0, (-1, count)) for name in ("x", "truth"))
         truth = truth[:, 0]
         missing = found["before"].unflatten(0, (-1, count))[:, 0].isnan()
-        values: dict[str, Tensor] = {
+        low, high = band(samples, _OUTSIDE)
+        values = {
             "completion/mae": (samples.quantile(0.5, 1) - truth).abs(),
             "completion/rmse": (samples.mean(1) - truth).square(),
             "completion/crps": crps(samples, truth),
-            "completion/coverage_80": (
-                (samples.quantile(_LOW, 1) <= truth) & (truth <= samples.quantile(_HIGH, 1))
-            ).double(),
+            "completion/coverage_80": ((low <= truth) & (truth <= high)).double(),
         }
         line = interpolated(truth, ~missing)
         values |= {"interpolation/mae": (line - truth).abs(), "interpolation/rmse": (line - truth).square()}
         for name, value in values.items():
-            self._means.setdefault(name, ExampleMean().to(module.device)).update(value[missing])
+            self._means[name].update(value[missing])
 
     def compute(self) -> dict[str, Tensor]:
         """Scalars over the windows of all processes."""
@@ -108,6 +112,25 @@ def crps(samples: Tensor, truth: Tensor) -> Tensor:
     weights = 2.0 * torch.arange(count, device=samples.device, dtype=samples.dtype) - (count - 1)
     ordered = samples.sort(1).values.movedim(1, -1)
     return error - (ordered * weights).sum(-1) / (count * (count - 1))
+
+
+def band(samples: Tensor, outside: float) -> tuple[Tensor, Tensor]:
+    """Lower and upper end (n, *) of the band that a further sample leaves with probability ``outside`` on either side.
+
+    The usual quantiles of S samples are too near: with S = 20 a further one lies between those of 10 % and 90 % in 72 %
+    of all cases. Place p (S + 1) among the ordered samples has no such bias (Weibull's positions; Hyndman and Fan 1996,
+    type 6). Fewer than 1 / ``outside`` - 1 samples cannot reach so far; their band is all of them.
+
+    Args:
+        samples: (n, S, *).
+        outside: below 1/2.
+    """
+    count = samples.shape[1]
+    place = min(max(outside * (count + 1) - 1.0, 0.0), (count - 1) / 2)  # counted from 0
+    below, above = math.floor(place), math.ceil(place)
+    ordered = samples.sort(1).values
+    low = torch.lerp(ordered[:, below], ordered[:, above], place - below)
+    return low, torch.lerp(ordered[:, count - 1 - below], ordered[:, count - 1 - above], place - below)
 
 
 def interpolated(x: Tensor, known: Tensor) -> Tensor:

@@ -37,8 +37,14 @@ class SeriesInputs(Sequence[dict[str, Any]]):
     def __init__(self, path: str, module: PaDTS, horizon: int = 0) -> None:
         spec = module.spec
         length, columns = spec["length"], spec["columns"]
-        values = read_series(Path(path), columns=columns, fill=None).values
-        needed = length - horizon
+        table = read_series(Path(path), columns=columns, fill=None)
+        if len(table.lengths) > 1:
+            raise ValueError(f"{path} holds {len(table.lengths)} series: give a file for each")
+        values, needed = table.values, length - horizon
+        if needed < 1:
+            raise ValueError(
+                f"horizon {horizon} of Forecast leaves nothing known of windows of {length} steps: lower it"
+            )
         if len(values) < needed:
             raise ValueError(f"{path} has {len(values)} rows, but the model needs {needed}: give a longer file")
         if horizon:

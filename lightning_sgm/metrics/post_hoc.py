@@ -62,14 +62,14 @@ class PostHocScore(WindowMetric):
             raise ValueError(f"{self.name} needs 20 real windows to halve them, got {len(real)}: set halves to false")
         # Out of inference_mode, which test runs in: networks are trained here.
         with torch.inference_mode(False), torch.enable_grad():
-            windows = torch.cat([real, generated]).clone()
+            windows = torch.cat([real, generated])
             every = torch.arange(len(windows))
             duels = [(every[: len(real)], every[len(real) :])]
             if self.halves:
                 first = first_half(real, self.seed).cpu()
                 duels.append((every[: len(real)][first], every[: len(real)][~first]))
             rank_zero_info(
-                f"{self.name}: training recurrent networks, {len(duels) * self.repeats} at once, {self.iterations} steps"
+                f"{self.name}: training {len(duels) * self.repeats} networks at once, {self.iterations} iterations"
             )
             finite = bool(windows.isfinite().all())
             found = self.scores(windows, duels) if finite else torch.full((len(duels), self.repeats), torch.nan)

@@ -6,6 +6,7 @@ how the correlation is distributed over windows. It belongs to a batch, not to a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -159,7 +160,7 @@ class PopulationObjective(DenoisingObjective):
                 f"PopulationObjective compares estimates of x_0, but {type(weight).__name__} squares the error of "
                 f"{weight.of}: choose DataWeight, EDMWeight or PosteriorWeight"
             )
-        self.population = population
+        self.population = copy.copy(population)  # it remembers the size of batches
 
     def __call__(  # type: ignore[override]  # a condition called decode is not to be had
         self,

@@ -213,7 +213,7 @@ class TestDiscriminative:
         assert found["discriminative"] < 0.15
 
     def test_other_laws_are_seen(self):
-        found = judged(DiscriminativeAccuracy(iterations=400), sines(400, 0, length=8), torch.randn(400, 8, 5) * 0.3)
+        found = judged(DiscriminativeAccuracy(iterations=400), sines(400, 0), torch.randn(400, 24, 5) * 0.3)
         assert found["discriminative"] > 0.45
         assert found["halves"] < 0.1
 
