@@ -64,8 +64,8 @@ SOURCES = {
     "pad_ts": _Source(
         "lightning_sgm.io.released.pad_ts",
         "import_pad_ts",
-        "Li et al. 2025: model_*.pt of a run of their code, with --data; 4 heads, and 250 diffusion steps (500 at width "
-        "256), unless --model says otherwise",
+        "Li et al. 2025: model_*.pt of a run of their code, with --data; 4 heads, and 250 diffusion steps (500 where "
+        "the width is 256), unless --model says otherwise",
         data=True,
     ),
 }

@@ -51,6 +51,11 @@ def a_users_files(tmp_path: Path) -> None:
     GraphWriter().save_each(batch, tmp_path / "my_graphs")
     smiles = ["CCO", "CC(=O)N", "c1ccccc1O", "CCCl", "CSC", "NCC#N", "OCC1CC1", "CC(C)F", "C=CC=O", "CCOC", "CN", "CO"]
     (tmp_path / "my.csv").write_text("smiles\n" + "\n".join(smiles), encoding="utf-8")
+    series = np.random.default_rng(0).normal(size=(400, 3)).cumsum(0)
+    lines = [f"2026-01-{i}," + ",".join(f"{value:.5f}" for value in row) for i, row in enumerate(series)]
+    (tmp_path / "my_series.csv").write_text("date,open,close,volume\n" + "\n".join(lines), encoding="utf-8")
+    gaps = [line if i % 5 else line.rpartition(",")[0] + "," for i, line in enumerate(lines)]
+    (tmp_path / "my_gaps.csv").write_text("date,open,close,volume\n" + "\n".join(gaps), encoding="utf-8")
     (tmp_path / "my_pictures").mkdir()
     for i in range(80):
         save_image(torch.rand(3, 40, 36), tmp_path / "my_pictures" / f"{i}.png")

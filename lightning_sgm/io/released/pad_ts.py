@@ -1,8 +1,8 @@
 """Weights of PaD-TS's code (Li et al. 2025, 2501.00910): ``OUTPUT/NAME_L/model_STEP.pt`` of a training run.
 
-A file holds {"step", "model_state_dict", "opt_state_dict"}. Sizes follow from the shapes of the weights. It does not say
-how many heads and diffusion steps the model has, which a recipe does, nor in which range the data were, which only
-those data tell (pad_ts.md section 11).
+A file holds {"step", "model_state_dict", "opt_state_dict"} (pad_ts.md section 11). Sizes follow from the shapes of the
+weights. It does not say how many heads and diffusion steps the model has, which a recipe does, nor in which range the
+data were, which only those data tell.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lightning_sgm.io.checkpoint import read_file
 from lightning_sgm.io.released.configurations import network_class
 from lightning_sgm.io.released.model import Imported, State, differences, with_spec
 from lightning_sgm.networks import DualChannel
-from lightning_sgm.recipes import content, overlay
+from lightning_sgm.recipes import content
 
 _KIND = "a checkpoint of PaD-TS's code"
 _POSITIONS, _INPUT = "time2emb.pos_emb.pe", "time2emb.processing.0.weight"
