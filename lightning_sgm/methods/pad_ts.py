@@ -57,7 +57,7 @@ class PaDTS(GenerativeModule):
             for data scaled by "minmax" without a codec.
         task: what samples are to complete, :class:`~lightning_sgm.methods.Forecast` or
             :class:`~lightning_sgm.methods.Impute`; ``test`` then reports the error on held-out windows, and ``predict``
-            completes those, or the gaps of ``--data.path``. None for windows from scratch. Checkpoints do not keep it.
+            completes the file of ``--data.path``. None for windows from scratch. Checkpoints do not keep it.
         compared: windows of data and samples that are compared in pictures during training.
         optimizer, warmup, decay, exact, metrics, test_samples, val_samples: see :class:`GenerativeModule`; AdamW at
             1e-4 without weight decay, falling linearly to 0, as in the paper.
@@ -133,6 +133,7 @@ class PaDTS(GenerativeModule):
             windows = data.examples("train", _FITTED)["x"]
             self.codec.fit(windows.to(self.device))
             rank_zero_info(f"Whitening: learnt from {len(windows):,} training windows")
+        self.train()  # loaded models are in evaluation mode, where losses are others
         super().on_fit_start()
 
     def encode(self, batch: Batch) -> Encoded:

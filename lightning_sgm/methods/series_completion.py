@@ -143,6 +143,6 @@ def interpolated(x: Tensor, known: Tensor) -> Tensor:
     right = torch.where(after == length, before, after)
     never = (left < 0) | (left == length)
     left, right = left.clamp(0, length - 1), right.clamp(0, length - 1)
-    share = torch.where(right > left, (steps - left) / (right - left).clamp_min(1), 0.0)
+    share = torch.where(right > left, (steps - left).to(x) / (right - left).clamp_min(1), 0.0)
     low, high = x.gather(1, left), x.gather(1, right)
     return torch.where(never, 0.5, low + share * (high - low))

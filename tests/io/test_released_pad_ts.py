@@ -61,13 +61,11 @@ def answer(state, x, t, heads=4, encoders=1, blocks=3):
         return (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
 
     def attention(name, h):
-        h = h.transpose(0, 1)
-        inner, outer = ([w[f"{name}.{part}.{kind}"] for kind in ("weight", "bias")] for part in ("qkv", "proj"))
-        rest = {"training": False, "need_weights": False}
-        found = F.multi_head_attention_forward(
-            h, h, h, h.shape[-1], heads, *inner, None, None, False, 0.0, *outer, **rest
-        )
-        return found[0].transpose(0, 1)
+        module = torch.nn.MultiheadAttention(h.shape[-1], heads, batch_first=True, dtype=torch.float64)
+        names = {"in_proj_weight": "qkv.weight", "in_proj_bias": "qkv.bias"}
+        names |= {f"out_proj.{kind}": f"proj.{kind}" for kind in ("weight", "bias")}
+        module.load_state_dict({theirs: w[f"{name}.{own}"] for theirs, own in names.items()})
+        return module(h, h, h, need_weights=False)[0].detach()
 
     def mlp(name, h):
         return linear(f"{name}.fc2", F.gelu(linear(f"{name}.fc1", h), approximate="tanh"))
@@ -312,7 +310,7 @@ def test_import_predict_and_test(cli, tmp_path: Path):
     assert (code, err) == (0, "")
     assert "open 0 to 3" in out
     (following,) = [line for line in out.splitlines() if line.startswith("next: ")]
-    quick = ("--model.sampler.init_args.steps", "250")
+    quick = ("--model.sampler.init_args.steps", "10")
     code, out, err = cli(*shlex.split(following)[4:-1], "4", *quick)
     assert code == 0, err
     assert "4 samples" in out
@@ -324,12 +322,10 @@ def test_import_predict_and_test(cli, tmp_path: Path):
     low = np.arange(D)
     assert ((values >= low - 1e-5) & (values <= 2 * low + 3 + 1e-5)).all()
     assert values.std() > 0.1
-    (tmp_path / "quick.yaml").write_text("model:\n  init_args:\n    metrics: [lightning_sgm.metrics.ValueDistance]\n")
-    code, _, err = cli(
-        *("test", "--ckpt_path", "ours.ckpt", "--config", "quick.yaml", "--model.test_samples", "10", *quick)
-    )
+    judged_by = ("--model.metrics=[lightning_sgm.metrics.ValueDistance]", "--model.test_samples=10")
+    code, _, err = cli("test", "--ckpt_path", "ours.ckpt", *judged_by, *quick)
     assert code == 0, err
     (numbers,) = tmp_path.rglob("test.json")
     judged = json.loads(numbers.read_text())
     assert judged["test/loss"] > 0
-    assert 0 < judged["test/samples/vds"] < 18 or 0 < judged["test/samples/vds/mmd"] < 18
+    assert 0 < judged["test/floor/vds"] < judged["test/samples/vds"] < 18
