@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def dropping(spec: Spec) -> DualChannel:
     return DualChannel(spec, width=8, heads=2, encoders=1, blocks=1, dropout=0.5)
 
 
-def model(of: dict[str, Any] | None = None, network: Any = tiny, **arguments: Any) -> PaDTS:
+def model(of: dict[str, Any] | None = None, network: Any = tiny, **arguments: Any) -> Any:
+    """A PaDTS."""
     torch.manual_seed(0)
     return PaDTS(of or spec(), network, **arguments)
 
@@ -112,3 +114,8 @@ def table(path: Path, x: Tensor, columns: list[str] | None = None) -> Path:
     lines = [",".join("" if value != value else repr(value) for value in row) for row in x.tolist()]
     path.write_text("\n".join([",".join(names), *lines]) + "\n", encoding="utf-8")
     return path
+
+
+def named(name: str) -> Callable[[str], str]:
+    """For ``assert_close``: which of several tensors differ."""
+    return lambda message: f"{name}: {message}"

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch.multiprocessing import spawn
+from torch.multiprocessing.spawn import spawn
 
 import lightning_sgm
 from datamodules.loaders import EvalLoader
@@ -40,6 +40,7 @@ from tests.methods.series_models import (
     discrepancy,
     dropping,
     model,
+    named,
     rows,
     scaled,
     spec,
@@ -212,7 +213,7 @@ def test_five_updates_are_those_of_an_independent_computation(tmp_path: Path):
     for name, p in network.named_parameters():
         moved, expected = p.detach().double() - start[name], dict(own.named_parameters())[name].detach() - start[name]
         assert expected.abs().min() > 1e-6, name
-        torch.testing.assert_close(moved, expected, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(moved, expected, rtol=0, atol=1e-6, msg=named(name))
 
 
 # The population term.
@@ -418,7 +419,7 @@ def test_interrupted_runs_end_where_others_do(tmp_path: Path, how: str, at: int)
     ends = [final(tmp_path / name) for name in ("straight", "resumed")]
     assert ends[0]["global_step"] == 8
     assert ends[0]["state_dict"]["codec.forward_map"].any()
-    assert differences(*ends) == []
+    assert differences(ends[0], ends[1]) == []
 
 
 # Processes.
@@ -460,7 +461,7 @@ def test_two_processes_have_the_gradient_of_the_joined_batch(tmp_path: Path):
     for rank in range(WORLD):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: name + m)
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=named(name))
 
 
 # Samples, pictures, mistakes.

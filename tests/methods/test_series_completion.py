@@ -18,7 +18,7 @@ from lightning_sgm.methods.series_completion import CompletionTest, band, comple
 from lightning_sgm.processes import VP
 from lightning_sgm.random import Draw
 from lightning_sgm.samplers import Sampler
-from tests.methods.series_models import D, L, model, scaled, spec, values
+from tests.methods.series_models import D, L, model, named, scaled, spec, values
 
 NAMES = {
     *(f"completion/{name}" for name in ("mae", "rmse", "crps", "coverage_80")),
@@ -151,7 +151,7 @@ def test_errors_do_not_depend_on_batches(parts):
     whole, found = (judged(Noisy(samples=5), of, size) for size in (10, parts))
     assert found.keys() == whole.keys() == NAMES
     for name, value in whole.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=0, msg=named(name))
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -201,7 +201,7 @@ def test_completions_are_a_batch_for_a_writer(pattern: Any):
     # A window's gaps and samples are its own, whatever its batch.
     alone = completed(stand_in(of), task, {name: value[1:2] for name, value in given_.items()})
     for name, value in alone.items():
-        torch.testing.assert_close(value, found[name][4:8], equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(value, found[name][4:8], equal_nan=True, msg=named(name))
 
 
 def test_files_have_gaps_of_their_own_and_no_truth():
