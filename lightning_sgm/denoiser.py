@@ -180,6 +180,11 @@ class Denoiser(BaseDenoiser):
         from_x, from_output = answer_scales(quantity, self.preconditioning, level, self.process)
         return match(from_x, x) * x + match(from_output, x) * output
 
+    def in_output(self, error: Tensor, level: Level) -> Tensor:
+        """Errors of x_0 (B, *) in units of the network's answer."""
+        _, from_output = answer_scales("x0", self.preconditioning, level, self.process)
+        return match(1.0 / from_output, error) * error
+
     def features(self, x: Tensor, t: Time, **conditions: Tensor) -> list[Tensor]:
         """What the network's layers make of x: its own ``features``, for discriminators.
 

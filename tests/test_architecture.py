@@ -13,7 +13,7 @@ TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="u
 every_file = pytest.mark.parametrize("name", TREES)
 
 FOUNDATION = {"processes", "networks", "random"}
-MODELS = FOUNDATION | {"denoiser", "joint_denoiser", "residual_denoiser", "codecs"}
+MODELS = FOUNDATION | {"denoiser", "joint_denoiser", "linear_denoiser", "residual_denoiser", "codecs"}
 # What each room may import of lightning_sgm besides itself; a new room needs a row. Imports point one way.
 ALLOWED = {
     "random": set(),
@@ -21,6 +21,7 @@ ALLOWED = {
     "networks": {"random"},
     "denoiser": FOUNDATION,
     "joint_denoiser": FOUNDATION | {"denoiser"},
+    "linear_denoiser": FOUNDATION | {"denoiser"},
     "residual_denoiser": FOUNDATION | {"denoiser"},
     "codecs": FOUNDATION,
     "tiles": set(),

@@ -6,7 +6,8 @@ from torch import nn
 
 from lightning_sgm.denoiser import Denoiser, EDMPreconditioning, GaussianMixtureDenoiser, Preconditioning
 from lightning_sgm.guidance import ResidualInRange
-from lightning_sgm.objectives.denoising import ChainTimes, DenoisingObjective, EDMWeight
+from lightning_sgm.objectives.denoising import ChainTimes, DenoisingObjective
+from lightning_sgm.objectives.weights import EDMWeight
 from lightning_sgm.processes import VP, ResidualShift
 from lightning_sgm.random import Draw
 from lightning_sgm.residual_denoiser import ResidualDenoiser, ResShiftPreconditioning

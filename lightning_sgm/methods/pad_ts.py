@@ -13,9 +13,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from datamodules.scaling import Scaling
-from lightning_sgm.codecs import Codec, Identity, Whitening
 from lightning_sgm.denoiser import BaseDenoiser, Denoiser, Preconditioning
 from lightning_sgm.guidance.clipping import InRange
+from lightning_sgm.linear_denoiser import LinearDenoiser, LinearPreconditioning, Moments
 from lightning_sgm.methods.base import Batch, Curve, GenerativeModule
 from lightning_sgm.methods.encoded import Encoded
 from lightning_sgm.methods.learning_rate import Decay
@@ -34,7 +34,7 @@ from lightning_sgm.samplers.loop import Sampler
 from lightning_sgm.samplers.rules import Ancestral
 
 _VIEWS = ("windows", "values", "correlations", "autocorrelation")
-_FITTED = 20000  # windows from which a codec learns
+_FITTED = 20000  # windows from which moments are learnt
 
 
 class PaDTS(GenerativeModule):
@@ -47,14 +47,12 @@ class PaDTS(GenerativeModule):
     Args:
         spec: of a :class:`~datamodules.SeriesDataModule`.
         network: a network for windows (L', D), or a factory that receives ``spec``.
-        codec: from scaled windows to the space of the model, such as :class:`~lightning_sgm.codecs.Whitening`, which
-            learns from the training windows when training starts; the windows themselves by default, as in the paper.
         process: how windows become noise.
-        preconditioning: what the network predicts; x_0, told the index, by default.
-        objective: law of t, weights, and the population term, which sees the windows behind codec and scaling.
+        preconditioning: what the network predicts; x_0, told the index, by default. One that knows the data's
+            covariance, :class:`~lightning_sgm.linear_denoiser.LinearPreconditioning`, learns it when training starts.
+        objective: law of t, weights, and the population term, which sees the windows behind the scaling.
         sampler: rule and grid that run time backwards; the paper's, over all indices of the chain, by default.
-        clip: whether estimates of x_0 are kept in [-1, 1] in sampling; None: where the model's space has that range,
-            for data scaled by "minmax" without a codec.
+        clip: whether estimates of x_0 are kept in [-1, 1] in sampling; None: for data scaled by "minmax".
         task: what samples are to complete, :class:`~lightning_sgm.methods.Forecast` or
             :class:`~lightning_sgm.methods.Impute`; ``test`` then reports the error on held-out windows, and ``predict``
             completes the file of ``--data.path``. None for windows from scratch. Checkpoints do not keep it.
@@ -63,14 +61,13 @@ class PaDTS(GenerativeModule):
             1e-4 without weight decay, falling linearly to 0, as in the paper.
 
     Raises:
-        ValueError: data of another kind; a codec, grid or chain that does not fit.
+        ValueError: data of another kind; a grid or chain that does not fit.
     """
 
     def __init__(
         self,
         spec: dict[str, Any],
         network: Network | Callable[[Spec], Network] = DualChannel,
-        codec: Codec | None = None,
         process: GaussianProcess = CosineChain(),
         preconditioning: Preconditioning = Preconditioning(prediction="x0", label="index"),
         objective: PopulationObjective | None = None,
@@ -100,69 +97,59 @@ class PaDTS(GenerativeModule):
             raise ValueError(f"compared must be at least 2 windows, got {compared}")
         self.record(locals(), forget=("task",))
         self.scaling = Scaling(entry(spec, "scaling", "PaDTS"))
-        self.codec = Identity() if codec is None else codec
-        self.shape = self.codec.shape(spec["shape"])
-        self.network = build(network, {**spec, "shape": list(self.shape)})
+        self.shape: tuple[int, ...] = tuple(spec["shape"])
+        self.network = build(network, spec)
         self.process = process
         self.objective = objective or PopulationObjective()
         if sampler is None:
             steps = as_chain(process, "the paper's sampler").steps
             sampler = Sampler(rule=Ancestral(noise="transition"), steps=steps, grid=ChainGrid())
         self.sampler = copy.copy(sampler)  # it counts evaluations
-        self.denoiser = Denoiser(self.network, process, preconditioning)
-        in_range = isinstance(self.codec, Identity) and self.scaling.kind == "minmax"
-        self.guided: BaseDenoiser = InRange(self.denoiser) if (in_range if clip is None else clip) else self.denoiser
+        self.moments: Moments | None = None
+        if isinstance(preconditioning, LinearPreconditioning):
+            self.moments = Moments(self.shape, preconditioning.floor)
+            self.denoiser: Denoiser | LinearDenoiser = LinearDenoiser(
+                self.network, process, preconditioning, self.moments
+            )
+        else:
+            self.denoiser = Denoiser(self.network, process, preconditioning)
+        in_range = self.scaling.kind == "minmax" if clip is None else clip
+        self.guided: BaseDenoiser = InRange(self.denoiser) if in_range else self.denoiser
         self.task = task
         self.compared = compared
         self._completion: CompletionTest | None = None
         self.sampler.levels(process)  # a grid that does not fit is told before training
 
-    @property
-    def unsaved(self) -> tuple[str, ...]:  # type: ignore[override]
-        """A codec that finds its numbers itself."""
-        return () if self.codec.stored else ("codec.",)
-
-    # Between windows and the space of the model.
+    # Training.
 
     def on_fit_start(self) -> None:
-        """Let the codec learn, unless it came with a checkpoint, and say what is trained."""
-        if isinstance(self.codec, Whitening) and not self.codec.fitted:
+        """Let the preconditioning learn, unless it came with a checkpoint, and say what is trained."""
+        if self.moments is not None and not self.moments.fitted:
             data: Any = getattr(self.trainer, "datamodule", None)
             if data is None:
-                raise ValueError("Whitening learns from the data: fit with a DataModule, or call codec.fit before")
+                raise ValueError("LinearPreconditioning learns the covariance from a DataModule: fit with one")
             windows = data.examples("train", _FITTED)["x"]
-            self.codec.fit(windows.to(self.device))
-            rank_zero_info(f"Whitening: learnt from {len(windows):,} training windows")
+            self.moments.fit(windows.to(self.device))
+            rank_zero_info(f"LinearPreconditioning: learnt from {len(windows):,} training windows")
         self.train()  # loaded models are in evaluation mode, where losses are others
         super().on_fit_start()
 
     def encode(self, batch: Batch) -> Encoded:
-        """Windows in the space of the model."""
-        return Encoded(self.codec.encode(batch["x"]), {})
-
-    def decode(self, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        """Windows as the DataModule scales them."""
-        return self.codec.decode(x0).float()
-
-    def _values(self, x0: Tensor) -> Tensor:
-        """Windows (B, L, D) in original units."""
-        return self.scaling.unscale(self.codec.decode(x0))
+        """The windows as they are."""
+        return Encoded(batch["x"], {})
 
     @property
     def _affine(self) -> bool:
         """Whether model space and original units differ by no more than a scale and a shift of each dimension."""
-        linear = self.scaling.kind in ("minmax", "standard") and not any(self.spec["scaling"]["log"])
-        return linear and isinstance(self.codec, Identity)
-
-    # Training.
+        return self.scaling.kind in ("minmax", "standard") and not any(self.spec["scaling"]["log"])
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """In training "loss" and "error" (B,) and the batch's "population"; else the squared error, "loss" (B,)."""
-        x0 = self.encode(batch).x0
         if not self.training:
-            return self.objective.evaluate(self.denoiser, x0, draw)
+            return self.objective.evaluate(self.denoiser, batch["x"], draw)
         # Correlations do not see a scale and a shift.
-        return self.objective(self.denoiser, x0, draw, decode=None if self._affine else self._values)
+        decode = None if self._affine else self.scaling.unscale
+        return self.objective(self.denoiser, batch["x"], draw, decode=decode)
 
     # Sampling.
 
@@ -171,7 +158,7 @@ class PaDTS(GenerativeModule):
         if self.task is not None:
             return completed(self, self.task, self._held_out(indices))
         x = self.sampler(self.guided, (len(indices), *self.shape), self.sample_draw(indices))
-        return {"x": self.decode(x, {})}
+        return {"x": x}
 
     def _held_out(self, indices: Tensor) -> Batch:
         """Test windows, number i modulo their number."""

@@ -22,7 +22,8 @@ from lightning_sgm.methods.learning_rate import Decay
 from lightning_sgm.methods.pictures import loss_curve
 from lightning_sgm.metrics.perceptual import PerceptualDistance
 from lightning_sgm.networks.base import Network, Spec, build, entry
-from lightning_sgm.objectives.denoising import ChainTimes, DataWeight, DenoisingObjective
+from lightning_sgm.objectives.denoising import ChainTimes, DenoisingObjective
+from lightning_sgm.objectives.weights import DataWeight
 from lightning_sgm.processes.chains import as_chain
 from lightning_sgm.processes.gaussian import GaussianProcess
 from lightning_sgm.processes.residual import ResidualShift

@@ -35,7 +35,7 @@ def completed(module: PaDTS, task: SeriesTask, batch: Batch) -> Batch:
         the task took it away; "group" (n S,), the window's number; "index" (n S,).
 
     Raises:
-        ValueError: a scaling or codec behind which values cannot be known one by one.
+        ValueError: a scaling behind which values cannot be known one by one.
     """
     if module.scaling.extra:
         raise ValueError(
@@ -50,7 +50,7 @@ def completed(module: PaDTS, task: SeriesTask, batch: Batch) -> Batch:
     x, known = (part.repeat_interleave(task.samples, 0) for part in (x, known))
     numbers = (index[:, None] * task.samples + torch.arange(task.samples, device=index.device)).flatten()
     parts = [
-        task.complete(module.guided, module.sampler, module.codec, part, mask, module.sample_draw(keys))
+        task.complete(module.guided, module.sampler, part, mask, module.sample_draw(keys))
         for part, mask, keys in zip(*(value.split(_AT_ONCE) for value in (x, known, numbers)), strict=True)
     ]
     before = torch.where(known, x, torch.nan)

@@ -8,9 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_sgm.codecs import Codec, Whitening
 from lightning_sgm.denoiser import BaseDenoiser
-from lightning_sgm.guidance.inverse import LinearOperator, Mask, PosteriorMatching
+from lightning_sgm.guidance.inverse import Mask, PosteriorMatching
 from lightning_sgm.methods.tasks import Way
 from lightning_sgm.random import Draw
 from lightning_sgm.samplers.known import Replacement
@@ -22,8 +21,7 @@ Pattern = Literal["points", "steps", "blocks"]
 class SeriesTask:
     """Base of all tasks on windows of series: samples of what is unknown, given what is known.
 
-    Works with scalings that act value by value ("minmax", "standard", "quantile") and without a codec or behind
-    :class:`~lightning_sgm.codecs.Whitening`, which is linear.
+    Works with scalings that act value by value: "minmax", "standard", "quantile".
 
     Args:
         samples: completions of each window; their median is the answer, their spread its uncertainty.
@@ -50,29 +48,25 @@ class SeriesTask:
         """(n, L, D) bool, what is known of held-out windows of ``shape``, for judging and showing completions."""
         raise NotImplementedError
 
-    def complete(
-        self, denoiser: BaseDenoiser, sampler: Sampler, codec: Codec, x: Tensor, known: Tensor, draw: Draw
-    ) -> Tensor:
+    def complete(self, denoiser: BaseDenoiser, sampler: Sampler, x: Tensor, known: Tensor, draw: Draw) -> Tensor:
         """Windows (n, L, D) that agree with ``x`` where ``known``.
 
         Args:
             denoiser: of the model.
             sampler: how its time is run backwards.
-            codec: between windows and the space of the denoiser.
             x: (n, L, D) scaled windows, finite also where nothing is known.
             known: (n, L, D) bool.
             draw: of the samples.
         """
-        operator, y = known_part(codec, x, known)
-        shape = tuple(codec.shape(x.shape[1:]))
+        operator, y = Mask(known), torch.where(known, x, 0.0)
         if self.method == "posterior":
             guided = PosteriorMatching(denoiser, operator, y, iterations=self.iterations)
-            z = sampler(guided, (len(x), *shape), draw)
+            found: Tensor = sampler(guided, tuple(x.shape), draw)
         else:
             around = Replacement(operator, y).around(sampler)
-            z = around(denoiser, (len(x), *shape), draw)
+            found = around(denoiser, tuple(x.shape), draw)
             sampler.evaluations = around.evaluations
-        return torch.where(known, x, codec.decode(z).to(x.dtype))
+        return torch.where(known, x, found)
 
 
 class Forecast(SeriesTask):
@@ -153,51 +147,3 @@ class Impute(SeriesTask):
             return known
         gaps = torch.tensor([name in self.columns for name in columns], device=known.device)
         return known | ~gaps
-
-
-def known_part(codec: Codec, x: Tensor, known: Tensor) -> tuple[LinearOperator, Tensor]:
-    """The operator A from model space to what is known of windows, and y = A codec.encode(x), (n, L, D).
-
-    Raises:
-        ValueError: a codec that is not linear.
-    """
-    if isinstance(codec, Whitening):
-        operator = MaskBehind(codec, known)
-        return operator, torch.where(known, x - codec.mean.view(x.shape[1:]), 0.0).float()
-    if not torch.equal(codec.encode(x), x):
-        raise ValueError(f"{type(codec).__name__} is not linear, so windows cannot be completed in its space")
-    return Mask(known), torch.where(known, x, 0.0)
-
-
-class MaskBehind(LinearOperator):
-    """Known entries of what a :class:`~lightning_sgm.codecs.Whitening` decodes, without its mean; 0 elsewhere.
-
-    Args:
-        codec: between windows and model space.
-        known: (n, *) bool.
-    """
-
-    def __init__(self, codec: Whitening, known: Tensor) -> None:
-        self.known = known.flatten(1)
-        self._map = codec.backward_map
-        # A A^T = K C' K on what is known; 1 elsewhere, where nothing is asked.
-        masks, self._mask = torch.unique(self.known, dim=0, return_inverse=True)
-        both = masks[:, :, None] & masks[:, None, :]
-        gram = torch.where(both, self._map @ self._map.T, torch.eye(len(self._map)).to(self._map))
-        self._factor = torch.linalg.cholesky(gram)
-
-    def measure(self, x: Tensor) -> Tensor:
-        """(n, *) of model space to known values (n, *)."""
-        decoded = x.flatten(1).double() @ self._map
-        return torch.where(self.known, decoded, 0.0).view(x.shape).to(x.dtype)
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """Known values (n, *) to model space."""
-        masked = torch.where(self.known, y.flatten(1).double(), 0.0)
-        return (masked @ self._map.T).view(y.shape).to(y.dtype)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        """A^T (A A^T)^-1 y."""
-        masked = torch.where(self.known, y.flatten(1).double(), 0.0)
-        solved = torch.cholesky_solve(masked[:, :, None], self._factor[self._mask])[..., 0]
-        return (torch.where(self.known, solved, 0.0) @ self._map.T).view(y.shape).to(y.dtype)

@@ -3,20 +3,11 @@
 from lightning_sgm.objectives.adversarial import Adversarial
 from lightning_sgm.objectives.denoising import (
     ChainTimes,
-    DataWeight,
     DenoisingObjective,
-    EDMWeight,
-    LikelihoodWeight,
     LogNormalRatio,
-    MinSNR,
-    NoiseWeight,
-    PosteriorWeight,
     Times,
     UniformLogSNR,
     UniformTime,
-    VelocityWeight,
-    VWeight,
-    Weight,
 )
 from lightning_sgm.objectives.distillation import (
     Data,
@@ -31,6 +22,18 @@ from lightning_sgm.objectives.joint import JointObjective
 from lightning_sgm.objectives.masked import MaskedObjective
 from lightning_sgm.objectives.perceptual import Perceptual
 from lightning_sgm.objectives.population import Population, PopulationObjective, SharedTime
+from lightning_sgm.objectives.weights import (
+    DataWeight,
+    EDMWeight,
+    LikelihoodWeight,
+    MinSNR,
+    NoiseWeight,
+    OutputWeight,
+    PosteriorWeight,
+    VelocityWeight,
+    VWeight,
+    Weight,
+)
 
 __all__ = [
     "Adversarial",
@@ -48,6 +51,7 @@ __all__ = [
     "MaskedObjective",
     "MinSNR",
     "NoiseWeight",
+    "OutputWeight",
     "Perceptual",
     "Phase",
     "Population",

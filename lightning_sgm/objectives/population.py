@@ -15,8 +15,9 @@ from torch import Tensor, distributed
 
 from lightning_sgm.denoiser import BaseDenoiser
 from lightning_sgm.metrics.correlations import correlations
-from lightning_sgm.objectives.denoising import ChainTimes, DataWeight, DenoisingObjective, Times, Weight
+from lightning_sgm.objectives.denoising import ChainTimes, DenoisingObjective, Times
 from lightning_sgm.objectives.discrepancy import VARIANCES, mmd
+from lightning_sgm.objectives.weights import DataWeight, Weight
 from lightning_sgm.processes.gaussian import GaussianProcess, Level
 from lightning_sgm.random import Draw
 

@@ -8,17 +8,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_sgm.denoiser import Denoiser, EDMPreconditioning, GaussianMixtureDenoiser, Preconditioning
 from lightning_sgm.objectives.denoising import (
     ChainTimes,
-    DataWeight,
     DenoisingObjective,
-    EDMWeight,
-    LikelihoodWeight,
     LogNormalRatio,
-    MinSNR,
-    NoiseWeight,
-    PosteriorWeight,
     Times,
     UniformLogSNR,
     UniformTime,
+)
+from lightning_sgm.objectives.weights import (
+    DataWeight,
+    EDMWeight,
+    LikelihoodWeight,
+    MinSNR,
+    NoiseWeight,
+    PosteriorWeight,
     VelocityWeight,
     VWeight,
     Weight,

@@ -125,17 +125,17 @@ def _model_arguments(values: dict[str, Any], name: str) -> dict[str, Any]:
     """Arguments of a recipe's model, which must be theirs: x_0 of the windows themselves from the index of a chain.
 
     Raises:
-        ValueError: another method, network, codec or preconditioning.
+        ValueError: another method, network or preconditioning.
     """
     if str(values.get("model", {}).get("class_path")).rpartition(".")[2] != "PaDTS":
         raise ValueError(f"{name} is no recipe of PaDTS: give one such as paper/pad_ts_stocks")
     arguments: dict[str, Any] = values["model"].setdefault("init_args", {})
     if network_class(values) not in ("", "DualChannel"):
         raise ValueError(f"weights of PaD-TS fit a DualChannel, but the network of {name} is {network_class(values)}")
-    if other := [part for part in ("codec", "preconditioning") if arguments.get(part) is not None]:
+    if arguments.get("preconditioning") is not None:
         raise ValueError(
-            f"weights of PaD-TS tell x_0 of the scaled windows from the index of a chain, but {name} has a "
-            f"{' and a '.join(other)}: give a recipe without"
+            f"weights of PaD-TS tell x_0 from the index of a chain, but {name} has a preconditioning: give a recipe "
+            "without"
         )
     return arguments
 

@@ -1,16 +1,18 @@
-"""Autoencoders of the diffusers library: the space of latent diffusion."""
+"""Codecs: from data space to the space of a model and back, where the two differ.
+
+A codec is never trained: its parameters are frozen and it stays in eval mode, whatever module it is part of. Gradients
+pass through it to its input.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor
-
-from lightning_sgm.codecs.base import Codec
-from lightning_sgm.codecs.pixels import divided
+from torch import Tensor, nn
 
 VQ_F4: dict[str, Any] = {
     "in_channels": 3,
@@ -25,6 +27,90 @@ VQ_F4: dict[str, Any] = {
     "norm_num_groups": 32,
 }
 """diffusers' ``VQModel`` with the architecture of VQ-f4 (Rombach et al. 2022): 55,322,782 parameters."""
+
+
+class Codec(nn.Module):
+    """Base of all codecs.
+
+    Attributes:
+        factor: pixels of the data along a side of one of model space.
+        of_pixels: whether values of model space are pixels, so that their range is known.
+        stored: whether checkpoints must hold its weights; otherwise it finds them itself.
+    """
+
+    factor: int = 1
+    of_pixels: bool = True
+    stored: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eval()
+
+    def shape(self, data: Sequence[int]) -> tuple[int, ...]:
+        """Shape in model space of one example of shape ``data``.
+
+        Raises:
+            ValueError: data of this shape cannot be encoded.
+        """
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Data (B, *) to model space (B, *shape)."""
+        raise NotImplementedError
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Model space to data, not clipped to their range."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode."""
+        return super().train(False)
+
+
+class Identity(Codec):
+    """The model works on the data themselves."""
+
+    def shape(self, data: Sequence[int]) -> tuple[int, ...]:
+        """The same."""
+        return tuple(data)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The same."""
+        return x
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The same."""
+        return z
+
+
+class PixelUnshuffle(Codec):
+    """Squares of pixels become channels, without any loss (Shi et al. 2016, 1609.05158).
+
+    With the factor of super-resolution the model works on the grid of the low-resolution image, at a tenth of the cost.
+
+    Args:
+        factor: side of the squares.
+    """
+
+    def __init__(self, factor: int = 4) -> None:
+        super().__init__()
+        if factor < 1:
+            raise ValueError(f"factor of PixelUnshuffle must be at least 1, got {factor}")
+        self.factor = factor
+
+    def shape(self, data: Sequence[int]) -> tuple[int, ...]:
+        """(C, H, W) to (C factor^2, H / factor, W / factor)."""
+        channels, height, width = _divided(data, self.factor, "PixelUnshuffle")
+        return channels * self.factor**2, height, width
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to (B, C factor^2, H / factor, W / factor)."""
+        self.shape(x.shape[1:])
+        return F.pixel_unshuffle(x, self.factor)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The inverse."""
+        return F.pixel_shuffle(z, self.factor)
 
 
 class Autoencoder(Codec):
@@ -77,7 +163,7 @@ class Autoencoder(Codec):
 
     def shape(self, data: Sequence[int]) -> tuple[int, ...]:
         """(C, H, W) to (channels, H / factor, W / factor)."""
-        channels, height, width = divided(data, self.factor, "this autoencoder")
+        channels, height, width = _divided(data, self.factor, "this autoencoder")
         if channels != self.model.config.in_channels:
             raise ValueError(
                 f"this autoencoder is for {self.model.config.in_channels} channels, the data have {channels}"
@@ -94,6 +180,16 @@ class Autoencoder(Codec):
     def decode(self, z: Tensor) -> Tensor:
         """Latents to images; those of "vq" are quantised before."""
         return self.model.decode(z / self.scale + self.offset).sample
+
+
+def _divided(data: Sequence[int], factor: int, user: str) -> tuple[int, int, int]:
+    """(C, H / factor, W / factor) of images (C, H, W)."""
+    if len(data) != 3:
+        raise ValueError(f"{user} is for images (C, H, W), got data of shape {list(data)}: choose Identity")
+    channels, height, width = data
+    if height % factor or width % factor:
+        raise ValueError(f"{user} needs image sides divisible by {factor}, got {height} x {width}: pad or crop them")
+    return channels, height // factor, width // factor
 
 
 def _class(kind: str) -> Any:
