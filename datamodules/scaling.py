@@ -74,8 +74,9 @@ class Scaling:
         if uneven or not self.dims:
             raise ValueError(f"a scaling needs one number per dimension: {self.dims} of low, but {', '.join(uneven)}")
         self.extra = 2 if kind == "window" else 0
+        self._kept: dict[tuple[str, torch.device], Tensor] = {}  # copies: a step must not wait for a device
         self._log = torch.tensor(self.spec["log"], dtype=torch.bool)
-        low, high = self._numbers("low"), self._numbers("high")
+        low, high = (torch.tensor(self.spec[end], dtype=torch.float64) for end in ("low", "high"))
         self._low, self._constant = low, _constant(low, high)
         self._range = torch.where(self._constant, 1.0, high - low)
         if kind == "quantile":
@@ -131,10 +132,13 @@ class Scaling:
             ValueError: another number of dimensions; a dimension with ``log`` has values that are not positive.
         """
         values = self._checked(values)
-        log, constant = self._log.to(values.device), self._constant.to(values.device)
+        log, constant = self._on("_log", values.device), self._on("_constant", values.device)
         if bool(((values <= 0) & log).any()):
             bad = ((values <= 0) & log).reshape(-1, self.dims).any(0).nonzero()[0].item()
-            raise ValueError(f"dimension {bad} has values that are not positive, and its logarithm is asked for")
+            raise ValueError(
+                f"dimension {bad} (counted from 0) has values that are not positive, but its logarithm is taken: mend "
+                "these values, or train with data.log false"
+            )
         logged = torch.where(log, torch.where(log, values, 1.0).log(), values)
         return torch.where(constant, 0.0, getattr(self, f"_scale_{self.kind}")(logged))
 
@@ -145,7 +149,7 @@ class Scaling:
             ValueError: another number of dimensions.
         """
         x = self._checked(x)
-        log, constant, low = (part.to(x.device) for part in (self._log, self._constant, self._low))
+        log, constant, low = (self._on(name, x.device) for name in ("_log", "_constant", "_low"))
         values = getattr(self, f"_unscale_{self.kind}")(x)
         # Both branches stay finite, or the gradient of the one not chosen would be NaN.
         grown = torch.where(log, values, 0.0).clamp(-_EXPONENT, _EXPONENT).exp()
@@ -156,7 +160,7 @@ class Scaling:
 
         A constant dimension is 0. This is the space distances between distributions are measured in.
         """
-        return (self.unscale(x) - self._low.to(x.device)) / self._range.to(x.device)
+        return (self.unscale(x) - self._on("_low", x.device)) / self._on("_range", x.device)
 
     def _checked(self, values: Tensor) -> Tensor:
         """The values in float64."""
@@ -164,14 +168,17 @@ class Scaling:
             raise ValueError(f"the scaling has {self.dims} dimensions, but the values are of {tuple(values.shape)}")
         return values.double()
 
-    def _numbers(self, name: str, device: torch.device | None = None) -> Tensor:
-        """One list of the spec, (D,) float64."""
-        return torch.tensor(self.spec[name], dtype=torch.float64, device=device)
+    def _on(self, name: str, device: torch.device) -> Tensor:
+        """An attribute, or a list of the spec as (D,) float64, on a device."""
+        if (name, device) not in self._kept:
+            found = getattr(self, name) if name.startswith("_") else torch.tensor(self.spec[name], dtype=torch.float64)
+            self._kept[name, device] = found.to(device)
+        return self._kept[name, device]
 
     def _ends(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Middle and half of the range of each dimension, after the logarithm; a constant has half 1."""
-        low, high = self._numbers("low", device), self._numbers("high", device)
-        log, constant = self._log.to(device), self._constant.to(device)
+        low, high = self._on("low", device), self._on("high", device)
+        log, constant = self._on("_log", device), self._on("_constant", device)
         low, high = (torch.where(log, torch.where(log, end, 1.0).log(), end) for end in (low, high))
         return (low + high) / 2, torch.where(constant, 1.0, (high - low) / 2)
 
@@ -184,16 +191,16 @@ class Scaling:
         return middle + half * x
 
     def _scale_standard(self, values: Tensor) -> Tensor:
-        return (values - self._numbers("mean", values.device)) / self._numbers("std", values.device)
+        return (values - self._on("mean", values.device)) / self._on("std", values.device)
 
     def _unscale_standard(self, x: Tensor) -> Tensor:
-        return self._numbers("mean", x.device) + self._numbers("std", x.device) * x
+        return self._on("mean", x.device) + self._on("std", x.device) * x
 
     def _scale_quantile(self, values: Tensor) -> Tensor:
-        return _interpolate(values, self._knots.to(values.device), self._normal.to(values.device))
+        return _interpolate(values, self._on("_knots", values.device), self._on("_normal", values.device))
 
     def _unscale_quantile(self, x: Tensor) -> Tensor:
-        return _interpolate(x, self._normal.to(x.device), self._knots.to(x.device))
+        return _interpolate(x, self._on("_normal", x.device), self._on("_knots", x.device))
 
     def _scale_window(self, values: Tensor) -> Tensor:
         floor, level_mean, level_std, spread_mean, spread_std = self._window_numbers(values.device)
@@ -213,7 +220,31 @@ class Scaling:
         return level_mean + level_std * level + shape / size * deviation
 
     def _window_numbers(self, device: torch.device) -> tuple[Tensor, ...]:
-        return tuple(self._numbers(name, device) for name in _LISTS["window"])
+        return tuple(self._on(name, device) for name in _LISTS["window"])
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any], columns: Sequence[str]) -> str:
+    """In what two specifications of scalings differ, in words; "" where they are the same.
+
+    Args:
+        one: of the model.
+        other: of the data.
+        columns: names of the dimensions of the data.
+    """
+    if one == other:
+        return ""
+    if len(one["low"]) != len(other["low"]):
+        return f"{len(one['low'])} dimensions in the model, {len(other['low'])} in the data"
+    for name in ("kind", "log"):
+        if one[name] != other[name]:
+            return f"{name} {one[name]} in the model, {other[name]} in the data"
+    ends = [
+        f"column {column!r} from {one['low'][i]:g} to {one['high'][i]:g} in the model, from {other['low'][i]:g} to "
+        f"{other['high'][i]:g} in the data"
+        for i, column in enumerate(columns)
+        if (one["low"][i], one["high"][i]) != (other["low"][i], other["high"][i])
+    ]
+    return ends[0] if ends else f"the statistics of the scaling {one['kind']} differ"
 
 
 def _constant(low: Tensor, high: Tensor) -> Tensor:

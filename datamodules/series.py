@@ -18,7 +18,7 @@ from datamodules.scaling import Scaling, ScalingKind
 from datamodules.series_files import Fill, SeriesTable, choose, read_series
 from datamodules.series_splits import Runs, split_series
 
-_LOOKED_AT = 8192  # windows, at most, from which the spread in model space is taken
+_LOOKED_AT, _NUMBERS = 8192, 1 << 22  # windows, and numbers in them, at most, for the spread in model space
 
 
 class SeriesDataModule(DataModule):
@@ -121,6 +121,11 @@ class SeriesDataModule(DataModule):
             **self._spread(),
         }
 
+    @property
+    def held_out(self) -> bool:
+        """Whether validation and test windows are others than those of training."""
+        return bool(self.val_fraction)
+
     def load(self) -> None:
         """Nothing is left to do: rows are known, or on disk, since the spec needed them."""
 
@@ -146,7 +151,10 @@ class SeriesDataModule(DataModule):
     ) -> tuple[SeriesTable, dict[Split, Runs]]:
         """Windows as series of their length, those of each split behind each other."""
         counts = [windows, *(max(1, round(windows * part)) for part in (self.val_fraction, self.test_fraction) if part)]
-        made = [sources.generate(dataset, count, self.length, dims, split) for split, count in enumerate(counts)]
+        try:
+            made = [sources.generate(dataset, count, self.length, dims, split) for split, count in enumerate(counts)]
+        except MemoryError as error:
+            raise ValueError(f"{sum(counts):,} windows of {dataset} do not fit into memory: lower windows") from error
         names = made[0][1]
         places = choose(names, columns, drop, dataset)
         values = np.concatenate([part[..., places] for part, _ in made]).reshape(-1, len(places))
@@ -199,9 +207,10 @@ class SeriesDataModule(DataModule):
         return scaling
 
     def _spread(self) -> dict[str, float]:
-        """Standard deviation and largest magnitude in model space, over at most 8192 evenly spaced training windows."""
+        """Standard deviation and largest magnitude in model space, over some evenly spaced training windows."""
         count = self.count("train")
-        index = torch.linspace(0, count - 1, min(count, _LOOKED_AT), dtype=torch.float64).long()
+        most = max(1, min(count, _LOOKED_AT, _NUMBERS // (self.length * len(self.columns))))
+        index = torch.linspace(0, count - 1, most, dtype=torch.float64).long()
         x = self.scaling.scale(self.originals("train", index))
         return {"sigma_data": float(x.std(correction=0)) or 1.0, "bound": float(x.abs().max())}
 

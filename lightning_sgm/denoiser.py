@@ -157,6 +157,7 @@ class Denoiser(BaseDenoiser):
         super().__init__(process)
         if preconditioning.label_kind == "index":
             as_chain(process, "the label index")
+        preconditioning.scales(process.level(1.0))  # one that has none is told before training
         self.network = network
         self.preconditioning = preconditioning
         self.conditions = tuple(getattr(network, "conditions", ()))

@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_sgm.denoiser import BaseDenoiser, Label, Preconditioning
+from lightning_sgm.processes.chains import as_chain
 from lightning_sgm.processes.gaussian import GaussianProcess, Level, Time, as_time
 
 _MOST = 8192  # values of an example: the covariance of more does not fit
+_AT_ONCE = 1024  # examples whose products are taken at once
 
 
 class LinearPreconditioning(Preconditioning):
@@ -38,6 +41,17 @@ class LinearPreconditioning(Preconditioning):
         if not 0 < floor < 1:
             raise ValueError(f"floor of LinearPreconditioning must lie strictly between 0 and 1, got {floor}")
         self.floor = floor
+
+    def scales(self, level: Level) -> tuple[Tensor, Tensor, Tensor]:
+        """There are none for all directions alike, so that denoisers without moments refuse it.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "LinearPreconditioning needs a method that learns the covariance of its data, which only PaDTS does: "
+            "choose EDMPreconditioning"
+        )
 
 
 class Moments(nn.Module):
@@ -88,13 +102,32 @@ class Moments(nn.Module):
         Raises:
             ValueError: they are fewer than two, do not vary, or are not finite.
         """
-        values = x.flatten(1).to(self.mean)
+        values = x.flatten(1)
         if len(values) < 2 or not values.isfinite().all() or not (values != values[:1]).any():
-            raise ValueError(f"moments are learnt from finite examples that vary, got {len(values)} that are not")
-        variances, basis = torch.linalg.eigh(torch.cov(values.T).reshape(len(self.mean), -1))
-        self.mean.copy_(values.mean(0))
-        self.basis.copy_(basis)
-        self.variances.copy_(torch.where(variances > self.floor * variances.mean(), variances, 0.0))
+            raise ValueError(
+                f"LinearPreconditioning learns from at least 2 examples, finite and not all the same, which these "
+                f"{len(values)} are not: look at the data"
+            )
+        mean = sum(part.double().sum(0) for part in values.split(_AT_ONCE)) / len(values)
+        covariance = torch.zeros_like(self.basis)
+        for part in values.split(_AT_ONCE):
+            centred = part.double() - mean
+            covariance += centred.T @ centred / (len(values) - 1)
+        variances, basis = torch.linalg.eigh(covariance)
+        alive = variances > self.floor * variances.mean()
+        if len(values) <= len(mean) and not alive.all():
+            # So few examples do not show all directions: those not seen may vary as the least of the others do.
+            rank_zero_warn(
+                f"{len(values)} examples of {len(mean)} values do not show their covariance: shorter examples, more of "
+                "them, or EDMPreconditioning may do better"
+            )
+            variances = torch.where(alive, variances, variances[alive].min())
+            alive = torch.ones_like(alive)
+        # Constant values must stay so to the last bit: correlations of roundings have infinite gradients.
+        constant = (values == values[:1]).all(0)
+        self.mean.copy_(torch.where(constant, values[0].to(mean), mean))
+        self.basis.copy_(torch.where(constant[:, None] & alive, 0.0, basis))
+        self.variances.copy_(torch.where(alive, variances, 0.0))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Moments:
         # bf16-true and .half() would round small directions away; only the device may change.
@@ -119,6 +152,8 @@ class LinearDenoiser(BaseDenoiser):
         self, network: nn.Module, process: GaussianProcess, preconditioning: LinearPreconditioning, moments: Moments
     ) -> None:
         super().__init__(process)
+        if preconditioning.label_kind == "index":
+            as_chain(process, "the label index")
         self.network, self.preconditioning, self.moments = network, preconditioning, moments
         self.conditions = tuple(getattr(network, "conditions", ()))
         self.classes = int(getattr(network, "classes", 0))
@@ -160,6 +195,7 @@ class LinearDenoiser(BaseDenoiser):
         """sqrt(T_k) and sqrt(v_k) sigma / sqrt(T_k), float64 of shape (D,) or (B, D)."""
         alpha, sigma = level.alpha[..., None], level.sigma[..., None]
         total = torch.sqrt(alpha**2 * self._variances + sigma**2)
+        total = torch.where(total > 0, total, torch.inf)  # without variance and without noise: nothing is shown
         return total, torch.sqrt(self._variances) * sigma / total
 
 

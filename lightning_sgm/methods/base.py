@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -233,6 +233,11 @@ class GenerativeModule(LightningModule):
             raise ValueError(
                 f"drop names {', '.join(wrong)}, but the network's conditions are {', '.join(known) or 'none'}"
             )
+        if self.exact and (dropping := _dropping(self)):
+            rank_zero_warn(
+                f"exact is true, but {dropping} draws its dropout for a whole batch: set dropout to 0 for steps that do "
+                "not depend on the number of processes"
+            )
         names = ", ".join(
             f"{type(part).__name__} with {sum(p.numel() for p in part.parameters() if p.requires_grad):,} parameters"
             for part in (getattr(self, name) for name in self.ema_parts)
@@ -404,6 +409,15 @@ class GenerativeModule(LightningModule):
         """Updates of an epoch."""
         batches = self.trainer.num_training_batches
         return math.ceil(batches / self.trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
+
+
+def _dropping(module: nn.Module) -> str:
+    """The first part with dropout, or ""."""
+    for name, part in module.named_modules():
+        share = part.p if isinstance(part, nn.Dropout) else getattr(part, "dropout", 0.0)
+        if isinstance(share, float) and share > 0:
+            return name
+    return ""
 
 
 def _is_plain(value: Any) -> bool:

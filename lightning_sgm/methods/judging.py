@@ -13,6 +13,8 @@ from torchmetrics import Metric
 if TYPE_CHECKING:
     from lightning_sgm.methods.base import Batch, GenerativeModule
 
+_PIECE = 256  # examples fed to a metric at once
+
 
 def feed(metric: Metric, batch: Batch, real: bool) -> None:
     """Give a metric the entries of the batch that it reads (its ``inputs``, "x" by default).
@@ -38,25 +40,38 @@ def judge(module: GenerativeModule, metrics: list[Metric], count: int, floor: bo
 
     Every process takes its share of both and all get the same values. A metric that is better than its floor by
     more than the floor's own scatter says nothing more about the samples. Metrics with ``floor = False`` have none, and
-    without ``floor`` no metric has.
+    without ``floor`` no metric has, nor where the data hold nothing out. Metrics with ``against_train = True`` also
+    compare the samples with the training examples: there a model that learns by heart is better than the floor.
 
     Returns:
-        "samples/NAME" and "floor/NAME" (where the data can give examples), scalars, and "samples/evaluations".
+        "samples/NAME", "floor/NAME" (where the data can give examples) and "against_train/NAME", scalars, and
+        "samples/evaluations".
     """
     results: dict[str, Tensor] = {}
     examples = _training_examples(module, count) if floor else None
+    against: list[Metric] = []
     if examples is not None:
         for metric in (metric for metric in metrics if getattr(metric, "floor", True)):
             judged = copy.deepcopy(metric)
-            feed(judged, examples, real=False)
-            results |= _named(judged, "floor")
+            if hasattr(judged, "halves"):
+                judged.halves = False  # those of the real data, which the metric itself says
+            _feed_pieces(judged, examples, real=False)
+            results |= {name: value for name, value in _named(judged, "floor").items() if not name.endswith("/halves")}
+        against = [copy.deepcopy(metric) for metric in metrics if getattr(metric, "against_train", False)]
+        for metric in against:
+            metric.reset()
+            _feed_pieces(metric, examples, real=True)
     evaluations, drawn = 0.0, 0
     for indices in module.sample_batches(count):
         samples = module.sample(indices.to(module.device))
         evaluations += module.sampler_evaluations * len(indices)
         drawn += len(indices)
-        for metric in metrics:
+        for metric in (*metrics, *against):
             feed(metric, samples, real=False)
+    for metric in against:
+        results |= {
+            name: value for name, value in _named(metric, "against_train").items() if not name.endswith("/halves")
+        }
     for metric in metrics:
         results |= _named(metric, "samples")
         metric.reset()
@@ -103,9 +118,16 @@ def _mean_over_processes(module: GenerativeModule, total: float, count: int) -> 
     return (totals[0] / totals[1]).float()
 
 
+def _feed_pieces(metric: Metric, examples: Batch, real: bool) -> None:
+    """Feed many examples in pieces of the size in which samples come."""
+    pieces = [value.split(_PIECE) for value in examples.values()]
+    for piece in zip(*pieces, strict=True):
+        feed(metric, dict(zip(examples, piece, strict=True)), real)
+
+
 def _training_examples(module: GenerativeModule, count: int) -> Batch | None:
     data: Any = getattr(module.trainer, "datamodule", None)
-    if data is None or not hasattr(data, "examples"):
+    if data is None or not hasattr(data, "examples") or not getattr(data, "held_out", True):
         return None
     rank, world = module.global_rank, module.trainer.world_size
     return {key: value[rank::world].to(module.device) for key, value in data.examples("train", count).items()}

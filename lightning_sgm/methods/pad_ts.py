@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
-from datamodules.scaling import Scaling
+from datamodules.scaling import Scaling, difference
 from lightning_sgm.denoiser import BaseDenoiser, Denoiser, Preconditioning
 from lightning_sgm.guidance.clipping import InRange
 from lightning_sgm.linear_denoiser import LinearDenoiser, LinearPreconditioning, Moments
@@ -34,7 +36,7 @@ from lightning_sgm.samplers.loop import Sampler
 from lightning_sgm.samplers.rules import Ancestral
 
 _VIEWS = ("windows", "values", "correlations", "autocorrelation")
-_FITTED = 20000  # windows from which moments are learnt
+_FITTED, _NUMBERS = 20000, 1 << 27  # windows from which moments are learnt, and numbers in them, at most
 
 
 class PaDTS(GenerativeModule):
@@ -52,7 +54,8 @@ class PaDTS(GenerativeModule):
             covariance, :class:`~lightning_sgm.linear_denoiser.LinearPreconditioning`, learns it when training starts.
         objective: law of t, weights, and the population term, which sees the windows behind the scaling.
         sampler: rule and grid that run time backwards; the paper's, over all indices of the chain, by default.
-        clip: whether estimates of x_0 are kept in [-1, 1] in sampling; None: for data scaled by "minmax".
+        clip: whether estimates of x_0 are kept in [-1, 1] in sampling from scratch; None: for data scaled by "minmax".
+            Completions may leave that range, as the future of a series does.
         task: what samples are to complete, :class:`~lightning_sgm.methods.Forecast` or
             :class:`~lightning_sgm.methods.Impute`; ``test`` then reports the error on held-out windows, and ``predict``
             completes the file of ``--data.path``. None for windows from scratch. Checkpoints do not keep it.
@@ -102,7 +105,7 @@ class PaDTS(GenerativeModule):
         self.process = process
         self.objective = objective or PopulationObjective()
         if sampler is None:
-            steps = as_chain(process, "the paper's sampler").steps
+            steps = as_chain(process, "the paper's sampler, which is taken without model.sampler,").steps
             sampler = Sampler(rule=Ancestral(noise="transition"), steps=steps, grid=ChainGrid())
         self.sampler = copy.copy(sampler)  # it counts evaluations
         self.moments: Moments | None = None
@@ -111,6 +114,9 @@ class PaDTS(GenerativeModule):
             self.denoiser: Denoiser | LinearDenoiser = LinearDenoiser(
                 self.network, process, preconditioning, self.moments
             )
+            # Every process has learnt the same; DDP would send them again at every step.
+            names = [f"moments.{name}" for name, _ in self.moments.named_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
         else:
             self.denoiser = Denoiser(self.network, process, preconditioning)
         in_range = self.scaling.kind == "minmax" if clip is None else clip
@@ -120,6 +126,16 @@ class PaDTS(GenerativeModule):
         self._completion: CompletionTest | None = None
         self.sampler.levels(process)  # a grid that does not fit is told before training
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights for windows in other units."""
+        trained = (checkpoint.get("hyper_parameters") or {}).get("spec", {}).get("scaling")
+        if trained is not None and (what := difference(trained, self.spec["scaling"], self.spec["columns"])):
+            raise ValueError(
+                f"the model was trained on windows in other units: {what}; give the data and the options of data it "
+                "was trained with, or train anew"
+            )
+        super().on_load_checkpoint(checkpoint)
+
     # Training.
 
     def on_fit_start(self) -> None:
@@ -128,9 +144,11 @@ class PaDTS(GenerativeModule):
             data: Any = getattr(self.trainer, "datamodule", None)
             if data is None:
                 raise ValueError("LinearPreconditioning learns the covariance from a DataModule: fit with one")
-            windows = data.examples("train", _FITTED)["x"]
+            windows = data.examples("train", max(2, min(_FITTED, _NUMBERS // math.prod(self.shape))))["x"]
             self.moments.fit(windows.to(self.device))
             rank_zero_info(f"LinearPreconditioning: learnt from {len(windows):,} training windows")
+        if self.objective.population is not None:
+            self.objective.population.restart()
         self.train()  # loaded models are in evaluation mode, where losses are others
         super().on_fit_start()
 
@@ -165,9 +183,8 @@ class PaDTS(GenerativeModule):
         data: Any = getattr(self._trainer, "datamodule", None)
         if data is None:
             raise ValueError(f"{type(self.task).__name__} completes windows, give some: --data.path FILE.csv")
-        batch = data.examples("test", int(indices.max()) + 1 if len(indices) else 1)
-        chosen = indices.cpu() % len(batch["index"])
-        return {"x": batch["x"][chosen].to(self.device), "index": indices}
+        chosen = indices.cpu() % data.count("test")
+        return {"x": data.fetch("test", chosen, None)["x"].to(self.device), "index": indices}
 
     def inputs(self, path: str) -> Sequence[dict[str, Any]]:
         """The windows of a file that have gaps to fill, or the one whose future is to be forecast.

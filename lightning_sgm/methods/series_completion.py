@@ -50,7 +50,7 @@ def completed(module: PaDTS, task: SeriesTask, batch: Batch) -> Batch:
     x, known = (part.repeat_interleave(task.samples, 0) for part in (x, known))
     numbers = (index[:, None] * task.samples + torch.arange(task.samples, device=index.device)).flatten()
     parts = [
-        task.complete(module.guided, module.sampler, part, mask, module.sample_draw(keys))
+        task.complete(module.denoiser, module.sampler, part, mask, module.sample_draw(keys))
         for part, mask, keys in zip(*(value.split(_AT_ONCE) for value in (x, known, numbers)), strict=True)
     ]
     before = torch.where(known, x, torch.nan)

@@ -35,6 +35,7 @@ class PopulationDistance(DoubleMetric):
 
     higher_is_better = False
     name = "population"
+    against_train = True
     inputs: tuple[str, ...] = ("x",)
     grid: Grid
     first: Tensor
@@ -203,6 +204,7 @@ class AutocorrelationDistance(DoubleMetric):
 
     higher_is_better = False
     name = "autocorrelation"
+    against_train = True
     inputs: tuple[str, ...] = ("x",)
     first_sum: Tensor
     first_count: Tensor

@@ -76,7 +76,9 @@ class DualChannel(Network):
         level = self.sinusoid(label).to(x.dtype)
         time = self.time_blocks(self.time_encoder(self.time2emb(x)), level)
         feature = self.feature_blocks(self.feature_encoder(self.feature2emb(x.mT)), level)
-        return self.fc_time(time) + self.fc_feature(feature).mT
+        # The answer is added up in full precision: correlations of small movements are lost in half of it.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.fc_time(time.to(x.dtype)) + self.fc_feature(feature.to(x.dtype)).mT
 
 
 class _Positions(nn.Module):

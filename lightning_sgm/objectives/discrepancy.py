@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-VARIANCES = (0.01, 0.05, 0.1, 0.2, 0.5, 0.7, 1.0)
+from lightning_sgm.metrics import binned
+
+VARIANCES = binned.VARIANCES[:-2]
 """Of the Gaussian kernels in training; evaluation has two more."""
 
 # Elements of the table of pairs that are worked on at once: what CPUs keep in their caches, others in their memory.

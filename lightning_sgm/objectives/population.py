@@ -43,8 +43,8 @@ class Population:
     """How far the distribution of correlations over a batch's estimates is from that over its data.
 
     With several processes it is that of all their batches together, and its gradient too: their mean, which DDP takes,
-    is the gradient of the joined batch. Their batches must be of one size. With accumulated gradients it is that of
-    each batch. Data of one dimension have no correlations: 0.
+    is the gradient of the joined batch (with ``fade``, where all share one time). Their batches must be of one size.
+    With accumulated gradients it is that of each batch. Data of one dimension have no correlations: 0.
 
     Args:
         alpha: weight beside the squared error; 5e-4 for most of the paper's data, 8e-4 for stocks, 2e-5 for fMRI.
@@ -65,6 +65,10 @@ class Population:
         if not variances or min(variances) <= 0:
             raise ValueError(f"variances of Population must be positive numbers, got {list(variances)}")
         self.alpha, self.variances, self.fade, self.fade_ratio = alpha, tuple(variances), fade, fade_ratio
+        self._rows = 0
+
+    def restart(self) -> None:
+        """Forget the size of the batches: another fit may have others."""
         self._rows = 0
 
     def __call__(

@@ -162,6 +162,14 @@ class OutputWeight(Weight):
 
     of = "x0"
 
+    def __call__(self, level: Level, process: GaussianProcess) -> Tensor:
+        """There is no factor of a level alone.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("OutputWeight is not for states of several components: choose another weight")
+
     def squared(self, error: Tensor, level: Level, denoiser: BaseDenoiser) -> Tensor:
         """Squares (B, D), float32 or better, of errors of x_0 (B, *).
 

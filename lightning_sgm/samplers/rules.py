@@ -113,6 +113,9 @@ class Euler(Rule):
 
     def coefficients(self, process: GaussianProcess, level: Level, target: Level) -> Coefficients:
         """(a, b) of :func:`euler_scales` to a target of so much less noise, and the noise."""
+        if not self.eta:
+            a, b = euler_scales(level, target)
+            return a, b, torch.zeros_like(a)
         _, std = process.posterior(torch.ones_like(level.t), torch.zeros_like(level.t), level, target)
         fresh = self.eta * std
         a, b = euler_scales(level, target._replace(sigma=torch.sqrt(target.sigma**2 - fresh**2)))

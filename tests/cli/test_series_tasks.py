@@ -15,7 +15,8 @@ from tests.methods.series_models import L, rows, table
 ROWS = 150
 RUN = Path("runs/a/version_0")
 OPTIONS = (
-    *("--data.path=mine.csv", f"--data.length={L}", "--model.process.steps=20", "--model.codec=Whitening"),
+    *("--data.path=mine.csv", f"--data.length={L}", "--model.process.steps=20"),
+    *("--model.preconditioning=LinearPreconditioning", "--model.clip=false"),
     *("--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.limit_val_batches=1"),
 )
 CONFIG = ("--config", "runs/a/version_0/config.yaml")
@@ -23,7 +24,7 @@ CONFIG = ("--config", "runs/a/version_0/config.yaml")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a tiny model of a file, behind a whitening."""
+    """The run of a tiny model of a file, whose network corrects the best linear denoiser."""
     from lightning_sgm.__main__ import main
 
     folder = tmp_path_factory.mktemp("trained")

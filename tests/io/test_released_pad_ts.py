@@ -292,7 +292,7 @@ def test_data_and_recipes_that_do_not_fit(file: Path, data: Path, tmp_path: Path
     own = init_args(network={"class_path": "MLP", "init_args": {}})
     assert "the network of" in error(file, recipe(tmp_path / "b.yaml", model=own), data)
     assert "is no recipe of PaDTS" in error(file, "radd", data)
-    assert "has a codec and a preconditioning" in error(file, "pad_ts_fine", data)
+    assert "has a preconditioning" in error(file, "pad_ts_fine", data)
     with pytest.raises(FileNotFoundError, match="absent"):
         import_pad_ts(file, "absent", str(data))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from datamodules import SeriesDataModule
 from datamodules.scaling import Scaling
+from lightning_sgm.linear_denoiser import Moments
 from lightning_sgm.methods import PaDTS
 from lightning_sgm.networks import DualChannel
 from lightning_sgm.networks.base import Network, Spec
@@ -82,6 +83,14 @@ class Watched(Network):
     def answer(self, x: Tensor, label: Tensor) -> Tensor:
         moved = self.steps.to(x) @ x @ self.dims.to(x) + (label / 50).to(x).reshape(-1, 1, 1)
         return x / 2 + torch.sin(moved)
+
+
+def moments(mean: Tensor, basis: Tensor, variances: Tensor, shape: tuple[int, ...]) -> Moments:
+    """Those of a Gaussian law, as if learnt from all of it."""
+    found = Moments(shape)
+    for name, value in {"mean": mean, "basis": basis, "variances": variances}.items():
+        getattr(found, name).copy_(value)
+    return found
 
 
 def correlation_table(x: Tensor) -> Tensor:

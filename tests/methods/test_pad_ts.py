@@ -1,4 +1,4 @@
-"""PaD-TS: the paper's method by default, the population term where the data live, codecs that learn once."""
+"""PaD-TS: the paper's method by default, the population term where the data live, moments that are learnt once."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch.multiprocessing.spawn import spawn
 
 import lightning_sgm
 from datamodules.loaders import EvalLoader
-from lightning_sgm.codecs import Identity, Whitening
 from lightning_sgm.denoiser import EDMPreconditioning
 from lightning_sgm.guidance.clipping import InRange
+from lightning_sgm.linear_denoiser import LinearPreconditioning
 from lightning_sgm.methods import Forecast, PaDTS
 from lightning_sgm.networks import DualChannel
 from lightning_sgm.objectives import Population, PopulationObjective, SharedTime, UniformTime
@@ -60,12 +60,11 @@ def cosine_table(steps):
     return betas, bars, torch.cat([torch.ones(1, dtype=torch.float64), bars[:-1]])
 
 
-def watched(of=None, population=None, steps=20, codec=None, **arguments):
+def watched(of=None, population=None, steps=20, **arguments):
     """A model whose network remembers what it was asked, in training mode."""
     module = model(
         of,
         Watched,
-        codec=codec,
         process=CosineChain(steps),
         objective=PopulationObjective(population=population),
         **arguments,
@@ -73,11 +72,9 @@ def watched(of=None, population=None, steps=20, codec=None, **arguments):
     return module.train()
 
 
-def whitened(of, power=0.5):
-    """A codec that has learnt from windows scaled as ``of`` says."""
-    codec = Whitening(power)
-    codec.fit(scaled(of, 200))
-    return codec
+def linear(of=None, network=tiny, **arguments):
+    """A model whose network corrects the best linear denoiser of data that it is still to see."""
+    return model(of, network, preconditioning=LinearPreconditioning(), **{"process": CHAIN, **arguments})
 
 
 # The paper.
@@ -105,15 +102,16 @@ def test_defaults_are_the_papers():
     assert isinstance(module.sampler.rule, Ancestral)
     assert (module.sampler.rule.noise, module.sampler.steps, module.sampler.finish) == ("transition", 250, "clean")
     assert isinstance(module.sampler.grid, ChainGrid)
-    assert isinstance(module.codec, Identity)
+    assert module.moments is None
     assert PaDTS.ema_parts == ("network",)
 
 
 def test_estimates_are_kept_in_range_where_the_range_is_known():
     assert isinstance(model().guided, InRange)
-    for module in (model(spec("standard")), model(codec=Whitening()), model(clip=False)):
+    for module in (model(spec("standard")), model(clip=False)):
         assert module.guided is module.denoiser
     assert isinstance(model(spec("standard"), clip=True).guided, InRange)
+    assert isinstance(linear().guided, InRange)
 
 
 def test_sampler_is_the_references_chain():
@@ -224,29 +222,42 @@ def gradients(module, batch, draw):
     return terms, torch.autograd.grad(terms["loss"].mean(), list(module.network.parameters()))
 
 
-@pytest.mark.parametrize("case", ["minmax", "standard", "log", "quantile", "window", "whitened", "whitened log"])
+def corrected(module, seen, label, output):
+    """x_0 from what a network was shown and said, by matrices: m + alpha C T^-1/2 seen + sigma (C / T)^1/2 output."""
+    _, bars, _ = cosine_table(module.process.steps)
+    bar = bars[round(float(label[0]) / 999 * module.process.steps) - 1]  # index i is at time (i + 1) / T
+    kept = module.moments
+    total = bar * kept.variances + 1 - bar
+    gain = kept.basis @ torch.diag(bar.sqrt() * kept.variances / total.sqrt()) @ kept.basis.T
+    error = kept.basis @ torch.diag((kept.variances / total * (1 - bar)).sqrt()) @ kept.basis.T
+    return (kept.mean + seen.flatten(1) @ gain + output.flatten(1) @ error).view(seen.shape)
+
+
+@pytest.mark.parametrize("case", ["minmax", "standard", "log", "quantile", "window", "linear", "linear log"])
 def test_population_term_sees_windows_in_original_units(case: str):
     of = spec(case if case in ("standard", "quantile", "window") else "minmax", log="log" in case)
-    module = watched(of, Population(1.0), codec=whitened(of) if "whitened" in case else None)
+    module = watched(of, Population(1.0), **({"preconditioning": LinearPreconditioning()} if "linear" in case else {}))
+    if module.moments is not None:
+        module.moments.fit(scaled(of, 200))
     batch = {"x": scaled(of, 12, seed=4)}
     terms, found = gradients(module, batch, Draw(2))
     dims = {"loss": 1, "error": 1, "population": 0, "population_unbiased": 0}
     assert {name: term.ndim for name, term in terms.items()} == dims
     ((x, label),) = module.network.asked
+    x0 = batch["x"].double()
     answer = module.network.answer(x.double(), label)
-    x0 = module.codec.encode(batch["x"]).double()
+    if module.moments is not None:
+        answer = corrected(module, x.double(), label, answer)
     error = (answer - x0).square().mean()
 
-    def original(z):
-        return module.scaling.unscale(module.codec.decode(z))
-
+    original = module.scaling.unscale
     term = discrepancy(original(x0), original(answer))
     expected = torch.autograd.grad(error + term, list(module.network.parameters()), retain_graph=True)
     assert float(terms["population"]) == pytest.approx(float(term.detach()), rel=2e-5)
     for one, other in zip(found, expected, strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-4
     torch.testing.assert_close(original(x0), values(12, seed=4), rtol=1e-5, atol=1e-5)
-    if case not in ("minmax", "standard", "window"):  # an affine change is not seen, others are
+    if case not in ("minmax", "standard", "window", "linear"):  # an affine change is not seen, others are
         apart = discrepancy(x0, answer).detach()
         assert abs(float(apart - term.detach())) > 1e-3 * float(term.detach())
 
@@ -303,14 +314,14 @@ def numbers(module, of):
     return torch.cat([p.detach().flatten() for p in module.network.parameters()])
 
 
-@pytest.mark.parametrize("codec", [None, Whitening])
+@pytest.mark.parametrize("make", [model, linear])
 @pytest.mark.parametrize("kind", ["minmax", "standard", "quantile", "window"])
-def test_a_constant_column_trains_finitely_and_stays(kind: Any, codec: Any, tmp_path: Path):
+def test_a_constant_column_trains_finitely_and_stays(kind: Any, make: Any, tmp_path: Path):
     x = rows(80)
     x[:, 1] = 4.25
     with pytest.warns(UserWarning, match="constant in training"):
         of = data(table(tmp_path / "a.csv", x), scaling=kind)
-    module = model(of.spec, process=CHAIN, codec=codec() if codec else None)
+    module = make(of.spec, process=CHAIN)
     assert numbers(module, of).isfinite().all()
     made = module.scaling.unscale(module.generate(4)["x"])
     assert made.shape == (4, L, D)
@@ -328,7 +339,7 @@ def test_one_dimension_trains_finitely():
     assert module.generate(2)["x"].shape == (2, L, 1)
 
 
-# Codecs that learn, checkpoints.
+# Moments that are learnt, checkpoints.
 
 
 def fitted(tmp_path: Path, module, of, **options: Any) -> pl.Trainer:
@@ -337,76 +348,85 @@ def fitted(tmp_path: Path, module, of, **options: Any) -> pl.Trainer:
     return run
 
 
-def test_whitening_learns_from_training_windows_and_goes_with_the_checkpoint(tmp_path: Path):
+def load_linear(path: Path) -> Any:
+    return lightning_sgm.load(path, network=tiny, process=CHAIN, preconditioning=LinearPreconditioning())
+
+
+def test_moments_are_those_of_training_windows_and_go_with_the_checkpoint(tmp_path: Path):
     of = data(table(tmp_path / "a.csv", rows()))
-    module = model(of.spec, process=CHAIN, codec=Whitening(0.5))
+    module = linear(of.spec)
     with pytest.raises(RuntimeError, match="does not know the data yet"):
         module.losses(of.examples("train", 4), Draw(0))
     run = fitted(tmp_path, module, of)
-    expected = Whitening(0.5)
-    expected.fit(of.examples("train", 20000)["x"])
-    torch.testing.assert_close(module.codec.forward_map, expected.forward_map)
+    x = of.examples("train", 20000)["x"].flatten(1).double()
+    kept = module.moments
+    torch.testing.assert_close(kept.mean, x.mean(0))
+    covariance = kept.basis @ torch.diag(kept.variances) @ kept.basis.T
+    torch.testing.assert_close(covariance, torch.cov(x.T), rtol=0, atol=1e-8)
     run.save_checkpoint(tmp_path / "a.ckpt")
     stored = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    assert torch.equal(stored["state_dict"]["codec.backward_map"], module.codec.backward_map)
-    loaded: Any = lightning_sgm.load(tmp_path / "a.ckpt", network=tiny, process=CHAIN, codec=Whitening(0.5))
-    assert loaded.codec.fitted
+    assert torch.equal(stored["state_dict"]["moments.basis"], kept.basis)
+    loaded = load_linear(tmp_path / "a.ckpt")
+    assert loaded.moments.fitted
     for name, value in module.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     assert torch.equal(loaded.generate(3)["x"], module.generate(3)["x"])
 
 
 @pytest.mark.parametrize("way", ["resume", "load"])
-def test_a_codec_that_knows_learns_no_more(way: str, tmp_path: Path):
-    """Otherwise the network would be told another language."""
+def test_moments_that_are_known_are_learnt_no_more(way: str, tmp_path: Path):
+    """Otherwise the network would be shown another thing than it learnt from."""
     first = data(table(tmp_path / "a.csv", rows()))
-    module = model(first.spec, process=CHAIN, codec=Whitening())
+    module = linear(first.spec)
     fitted(tmp_path, module, first).save_checkpoint(tmp_path / "a.ckpt")
-    known = module.codec.forward_map.clone()
+    known = {name: value.clone() for name, value in module.moments.state_dict().items()}
     other = data(table(tmp_path / "b.csv", rows(seed=9)))
     if way == "resume":
-        again = model(first.spec, process=CHAIN, codec=Whitening())
+        again = linear(first.spec)
         trainer(tmp_path, max_steps=4, limit_val_batches=0).fit(again, other, ckpt_path=str(tmp_path / "a.ckpt"))
     else:
-        again = lightning_sgm.load(tmp_path / "a.ckpt", network=tiny, process=CHAIN, codec=Whitening())
+        again = load_linear(tmp_path / "a.ckpt")
         assert not again.training
         fitted(tmp_path, again, other)
-    assert torch.equal(again.codec.forward_map, known)
+    for name, value in known.items():
+        assert torch.equal(again.moments.state_dict()[name], value), name
     assert again.training  # with the population term
     assert again.network.training
-    fresh = model(first.spec, process=CHAIN, codec=Whitening())
+    fresh = linear(first.spec)
     fitted(tmp_path, fresh, other)
-    assert not torch.allclose(fresh.codec.forward_map, known)
+    assert not torch.allclose(fresh.moments.mean, known["mean"])
 
 
-def test_whitening_without_a_data_module_says_what_it_needs(tmp_path: Path):
-    module = model(process=CHAIN, codec=Whitening())
+def test_moments_without_a_data_module_say_what_they_need(tmp_path: Path):
+    module = linear()
     x = scaled(module.spec)
     loader = EvalLoader(lambda index, epoch: {"x": x[index]}, len(x), 8, ranks=(0, 1))
-    with pytest.raises(ValueError, match=r"fit with a DataModule, or call codec\.fit before"):
+    with pytest.raises(ValueError, match="learns the covariance from a DataModule: fit with one"):
         fitted(tmp_path, module, loader)
-    module.codec.fit(x)
+    module.moments.fit(x)
     fitted(tmp_path, module, loader)
     assert all(p.isfinite().all() for p in module.parameters())
 
 
-def test_low_precision_leaves_the_map_alone(tmp_path: Path):
+def test_low_precision_leaves_the_moments_alone(tmp_path: Path):
     of = data()
-    module = model(of.spec, process=CHAIN, codec=Whitening())
+    module = linear(of.spec)
     fitted(tmp_path, module, of, precision="bf16-true")
     assert module.network.fc_time.weight.dtype == torch.bfloat16
-    assert module.codec.forward_map.dtype == torch.float64
-    x = of.examples("train", 8)["x"].double()
-    torch.testing.assert_close(module.codec.decode(module.codec.encode(x)), x, rtol=0, atol=1e-9)
+    x = of.examples("train", 20000)["x"].flatten(1).double()
+    kept = module.moments
+    assert {value.dtype for value in kept.buffers()} == {torch.float64}
+    covariance = kept.basis @ torch.diag(kept.variances) @ kept.basis.T
+    torch.testing.assert_close(covariance, torch.cov(x.T), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize(("how", "at"), [("signal", 2), ("error", 5)])
 def test_interrupted_runs_end_where_others_do(tmp_path: Path, how: str, at: int):
-    """In mid-epoch, with dropout, a falling learning rate and a codec that learns."""
+    """In mid-epoch, with dropout, a falling learning rate and moments to be learnt."""
 
     def start(folder, seed, *callbacks):
         torch.manual_seed(seed)
-        module = PaDTS(data().spec, dropping, codec=Whitening(0.5), process=CHAIN)
+        module = PaDTS(data().spec, dropping, process=CHAIN, preconditioning=LinearPreconditioning())
         return module, resumable(folder, module, *callbacks, steps=8)
 
     module, run = start(tmp_path / "straight", 0)
@@ -418,7 +438,7 @@ def test_interrupted_runs_end_where_others_do(tmp_path: Path, how: str, at: int)
     run.fit(module, data(), ckpt_path=str(tmp_path / "resumed" / "last.ckpt"))
     ends = [final(tmp_path / name) for name in ("straight", "resumed")]
     assert ends[0]["global_step"] == 8
-    assert ends[0]["state_dict"]["codec.forward_map"].any()
+    assert ends[0]["state_dict"]["moments.variances"].any()
     assert differences(ends[0], ends[1]) == []
 
 
@@ -476,10 +496,10 @@ def test_samples_are_their_numbers(monkeypatch: pytest.MonkeyPatch):
     assert not torch.allclose(module.generate(6)["x"], whole)
 
 
-@pytest.mark.parametrize("codec", [None, Whitening])
-def test_pictures_compare_samples_with_data(codec: Any, tmp_path: Path):
+@pytest.mark.parametrize("make", [model, linear])
+def test_pictures_compare_samples_with_data(make: Any, tmp_path: Path):
     of = data(scaling="window")
-    module = model(of.spec, process=CHAIN, compared=5, codec=codec() if codec else None)
+    module = make(of.spec, process=CHAIN, compared=5)
     fitted(tmp_path, module, of)
     with torch.no_grad():
         found: dict[str, Any] = module.eval().pictures()

@@ -29,14 +29,14 @@ NAMES = {
 class Perfect(Impute):
     """Knows the truth."""
 
-    def complete(self, denoiser, sampler, codec, x, known, draw):
+    def complete(self, denoiser, sampler, x, known, draw):
         return x
 
 
 class Noisy(Impute):
     """The truth and noise of deviation 0.1, of each sample its own."""
 
-    def complete(self, denoiser, sampler, codec, x, known, draw):
+    def complete(self, denoiser, sampler, x, known, draw):
         return torch.where(known, x, x + 0.1 * draw.normal(x.shape))
 
 
@@ -48,7 +48,6 @@ def stand_in(of: dict[str, Any] | None = None) -> Any:
         device=torch.device("cpu"),
         guided=None,
         sampler=None,
-        codec=None,
         sample_draw=lambda keys: Draw(7, keys),
     )
 

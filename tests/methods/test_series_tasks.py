@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_sgm.codecs import Codec, Identity, Whitening
 from lightning_sgm.denoiser import GaussianMixtureDenoiser
-from lightning_sgm.guidance.inverse import Mask
+from lightning_sgm.linear_denoiser import LinearDenoiser, LinearPreconditioning
 from lightning_sgm.methods import Forecast, Impute
-from lightning_sgm.methods.series_tasks import MaskBehind, SeriesTask, known_part
+from lightning_sgm.methods.series_tasks import SeriesTask
+from lightning_sgm.networks.base import Network
 from lightning_sgm.processes import VP
 from lightning_sgm.random import Draw
 from lightning_sgm.samplers import DPMpp2M, LogUniform, Sampler
+from tests.methods.series_models import moments
 
 L, D = 4, 2
 COLUMNS = ["a", "b", "c"]
@@ -41,16 +42,20 @@ def windows(count, seed=0):
     )
 
 
-def model_in(power):
-    """A codec, and the exact denoiser of the process in its space."""
+class Silent(Network):
+    """Answers 0: under LinearPreconditioning the best linear estimate is left."""
+
+    def forward(self, x, label, /):
+        return torch.zeros_like(x)
+
+
+def model_of(kind):
+    """The exact denoiser of the process, or a network that corrects nothing."""
     mean, covariance = law()
-    codec: Codec = Identity()
-    if power:
-        codec = Whitening(power)
-        codec.fit(windows(300))
-        mean = (mean - codec.mean) @ codec.forward_map
-        covariance = codec.forward_map @ covariance @ codec.forward_map
-    return codec, GaussianMixtureDenoiser(VP(), mean[None], covariance[None])
+    if kind == "exact":
+        return GaussianMixtureDenoiser(VP(), mean[None], covariance[None])
+    variances, basis = torch.linalg.eigh(covariance)
+    return LinearDenoiser(Silent(), VP(), LinearPreconditioning(), moments(mean, basis, variances, (L, D)))
 
 
 def conditional(x, known):
@@ -75,109 +80,49 @@ def check(found, x, known):
     assert error.max() < 4 * (2 / count) ** 0.5 + 0.02
 
 
-@pytest.mark.parametrize("power", [None, 0.5])
-def test_forecasts_follow_the_exact_conditional_law(power):
-    codec, denoiser = model_in(power)
+@pytest.mark.parametrize("kind", ["exact", "linear"])
+def test_forecasts_follow_the_exact_conditional_law(kind):
+    denoiser = model_of(kind)
     task, count = Forecast(1, iterations=L * D), 3000
     x = windows(1, seed=3).float().expand(count, L, D)
     known = task.known(tuple(x.shape), Draw(0), COLUMNS[:D])
     hidden = torch.where(known, x, 99.0)  # what is unknown is not looked at
     sampler = Sampler(DPMpp2M(), steps=30, grid=LogUniform())
-    found = task.complete(denoiser, sampler, codec, hidden, known, Draw(1, torch.arange(count)))
+    found = task.complete(denoiser, sampler, hidden, known, Draw(1, torch.arange(count)))
     assert found.dtype == torch.float32
     check(found, x[0], known[0])
 
 
-@pytest.mark.parametrize("power", [None, 0.5])
-def test_gaps_are_filled_by_the_exact_conditional_law_each_window_by_its_own(power):
-    codec, denoiser = model_in(power)
+@pytest.mark.parametrize("kind", ["exact", "linear"])
+def test_gaps_are_filled_by_the_exact_conditional_law_each_window_by_its_own(kind):
+    denoiser = model_of(kind)
     task, count = Impute(iterations=L * D), 1500
     masks = torch.tensor([[[1, 0], [0, 0], [1, 1], [0, 1]], [[0, 1], [1, 1], [0, 0], [1, 0]]], dtype=torch.bool)
     masks = torch.stack([masks[0], masks[1], torch.zeros(L, D, dtype=torch.bool)])
     which = torch.arange(3 * count) % 3
     x = windows(3, seed=4).float()
     sampler = Sampler(DPMpp2M(), steps=30, grid=LogUniform())
-    found = task.complete(denoiser, sampler, codec, x[which], masks[which], Draw(1, torch.arange(3 * count)))
+    found = task.complete(denoiser, sampler, x[which], masks[which], Draw(1, torch.arange(3 * count)))
     for number in range(3):  # the third window has nothing that is known: samples of the process
         check(found[which == number], x[number], masks[number])
 
 
-@pytest.mark.parametrize("power", [None, 0.5])
-def test_replacement_keeps_what_is_known(power):
-    codec, denoiser = model_in(power)
+@pytest.mark.parametrize("kind", ["exact", "linear"])
+def test_replacement_keeps_what_is_known(kind):
+    denoiser = model_of(kind)
     task = Forecast(2, method="replacement")
     x = windows(5, seed=3).float()
     known = task.known(tuple(x.shape), Draw(0), COLUMNS[:D])
     sampler = Sampler(steps=10)
-    found = task.complete(denoiser, sampler, codec, x, known, Draw(1, torch.arange(5)))
+    found = task.complete(denoiser, sampler, x, known, Draw(1, torch.arange(5)))
     assert torch.equal(found[known], x[known])
     assert found.isfinite().all()
     assert (found[:, 2:] != x[:, 2:]).any()
     assert sampler.evaluations == 19
     assert not sampler.before  # the model's own sampler is left as it was
     # It is drawn towards what is known, and to all of it where noise has gone.
-    far = task.complete(denoiser, sampler, codec, x + 3, known, Draw(1, torch.arange(5)))
+    far = task.complete(denoiser, sampler, x + 3, known, Draw(1, torch.arange(5)))
     assert ((far - found)[:, 2, 0] > 0.3).all()
-
-
-# The operator behind a codec.
-
-
-def behind(count=6, known=None):
-    codec = Whitening(0.5)
-    codec.fit(windows(300))
-    if known is None:
-        known = Draw(5).uniform((count, L, D)) < 0.5
-        known[0], known[1] = True, False
-    return codec, known, MaskBehind(codec, known)
-
-
-def test_the_operator_is_what_the_codec_decodes():
-    codec, known, operator = behind()
-    z = Draw(6).normal((6, L, D), torch.float64)
-    decoded = codec.decode(z) - codec.mean.view(L, D)
-    torch.testing.assert_close(operator.measure(z), torch.where(known, decoded, 0.0))
-    assert operator.measure(z.float()).dtype == torch.float32
-
-
-def test_its_adjoint_and_inverse_are_those_of_its_matrix():
-    codec, known, operator = behind()
-    y = Draw(7).normal((6, L, D), torch.float64)
-    z = Draw(8).normal((6, L, D), torch.float64)
-    left, right = (operator.measure(z) * y).sum((1, 2)), (z * operator.adjoint(y)).sum((1, 2))
-    torch.testing.assert_close(left, right)
-    on_known = torch.where(known, y, 0.0)
-    torch.testing.assert_close(operator.measure(operator.inverse(y)), on_known)
-    for number in range(6):
-        matrix = known[number].flatten()[:, None] * codec.backward_map
-        shortest = torch.linalg.pinv(matrix) @ on_known[number].flatten()
-        torch.testing.assert_close(operator.inverse(y)[number].flatten(), shortest, rtol=1e-8, atol=1e-9)
-    replaced = operator.replace(z, on_known)
-    torch.testing.assert_close(operator.measure(replaced), on_known)
-    torch.testing.assert_close(replaced[1], z[1])  # nothing is known there
-
-
-def test_measurements_are_those_of_encoded_windows():
-    x = windows(6, seed=2).float()
-    codec, known, _ = behind()
-    for one in (codec, Identity()):
-        operator, y = known_part(one, x, known)
-        assert isinstance(operator, MaskBehind if one is codec else Mask)
-        assert y.dtype == torch.float32
-        torch.testing.assert_close(operator.measure(one.encode(x)), y, rtol=1e-5, atol=1e-5)
-
-
-class Squares(Codec):
-    def shape(self, data):
-        return tuple(data)
-
-    def encode(self, x):
-        return x.square()
-
-
-def test_codecs_that_are_not_linear_are_refused():
-    with pytest.raises(ValueError, match="Squares is not linear, so windows cannot be completed in its space"):
-        known_part(Squares(), windows(2), torch.ones(2, L, D, dtype=torch.bool))
 
 
 # What is known.

@@ -1,13 +1,14 @@
 """The population term of PaD-TS, its discrepancy and its law of times."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.multiprocessing import spawn
+from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sgm.denoiser import Denoiser, Preconditioning
@@ -366,8 +367,8 @@ def _data(rank):
 
 def _process(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
-    network = Shrink()
-    objective = PopulationObjective(population=Population(0.5))
+    network: Any = Shrink()
+    objective: Any = PopulationObjective(population=Population(0.5))
     draw = Draw(11, torch.arange(ROWS) + ROWS * rank)
     found = objective(denoiser(network), _data(rank), draw)
     found["loss"].mean().backward()
@@ -389,7 +390,7 @@ def _process(rank, folder):
 @pytest.mark.slow
 def test_two_processes_are_one_joined_batch(tmp_path):
     spawn(_process, (str(tmp_path),), nprocs=WORLD)
-    network = Shrink()
+    network: Any = Shrink()
     objective = PopulationObjective(population=Population(0.5))
     expected = objective(denoiser(network), torch.cat([_data(0), _data(1)]), Draw(11, torch.arange(ROWS * WORLD)))
     expected["loss"].mean().backward()
@@ -404,7 +405,7 @@ def test_two_processes_are_one_joined_batch(tmp_path):
         joined = torch.cat([terms[name] for terms, _, _ in parts])
         torch.testing.assert_close(joined, expected[name].detach(), rtol=1e-6, atol=1e-7)
     # The term matters to the gradient: without joining, it would be another.
-    alone = Shrink()
+    alone: Any = Shrink()
     PopulationObjective(population=None)(
         denoiser(alone), torch.cat([_data(0), _data(1)]), Draw(11, torch.arange(ROWS * WORLD))
     )["loss"].mean().backward()
