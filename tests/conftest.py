@@ -95,6 +95,9 @@ _OWN = {
 }
 _MORE = {
     "gdss_qm9": ("--data.dataset=grown",),  # QM9 is in a package of its own
+    # Without the file, and without the package.
+    "pad_ts_fmri": ("--data.path=null", "--data.dims=6"),
+    "pad_ts_mujoco": ("--data.dataset=sines",),
     # The network's three levels, without a download.
     "score_sde_fashion_mnist": ("--data.dataset=digits", "--model.network.init_args.attention=[2]"),
 }

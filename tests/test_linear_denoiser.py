@@ -198,7 +198,9 @@ def test_constant_values_stay_to_the_last_bit():
 # Sampling.
 
 
-@pytest.mark.parametrize(("rule", "steps", "slack"), [(DPMpp2M(), 25, 0.1), (DPMpp2M(), 200, 0.01), (Euler(), 400, 0.03)])
+@pytest.mark.parametrize(
+    ("rule", "steps", "slack"), [(DPMpp2M(), 25, 0.1), (DPMpp2M(), 200, 0.01), (Euler(), 400, 0.03)]
+)
 @pytest.mark.parametrize("process", [EDM(5e-4, 40.0), VP()], ids=["EDM", "VP"])
 def test_samples_without_a_correction_are_of_that_gaussian(process, rule, steps, slack):
     """But for what the grid leaves out and steps round: variances from 1e-4 to 1, at noise levels from 5e-4 on."""
@@ -304,7 +306,10 @@ def test_one_value():
         (lambda: LinearPreconditioning(floor=1.0), "got 1.0"),
         (lambda: LinearPreconditioning(label="when"), "label one of"),  # type: ignore[arg-type]
         (lambda: Moments((8193,)), "at most 8192 values, these have 8193: choose EDMPreconditioning"),
-        (lambda: Moments(SHAPE).fit(torch.ones(1, *SHAPE)), "at least 2 examples, finite and not all the same, which these 1 are not"),
+        (
+            lambda: Moments(SHAPE).fit(torch.ones(1, *SHAPE)),
+            "at least 2 examples, finite and not all the same, which these 1 are not",
+        ),
         (lambda: Moments(SHAPE).fit(torch.ones(9, *SHAPE)), "these 9 are not"),
         (lambda: Moments(SHAPE).fit(torch.tensor([0.0, torch.nan]).repeat(4, 4)), "these 4 are not"),
         (lambda: denoiser(VP(), label="index"), "the label index needs a discrete chain, and VP is none"),

@@ -227,7 +227,9 @@ class GenerativeModule(LightningModule):
     # Steps.
 
     def on_fit_start(self) -> None:
-        """Say what is trained."""
+        """Say what is trained, and let metrics of validations refuse data before hours are spent on them."""
+        if self.val_samples and self.metrics:
+            prepare(self, self.metrics)
         known = getattr(self.network, "conditions", ())
         if wrong := sorted(set(self.drop) - set(known)):
             raise ValueError(
@@ -235,8 +237,8 @@ class GenerativeModule(LightningModule):
             )
         if self.exact and (dropping := _dropping(self)):
             rank_zero_warn(
-                f"exact is true, but {dropping} draws its dropout for a whole batch: set dropout to 0 for steps that do "
-                "not depend on the number of processes"
+                f"exact is true, but {dropping} draws its dropout for a whole batch: set dropout to 0 for steps that "
+                "do not depend on the number of processes"
             )
         names = ", ".join(
             f"{type(part).__name__} with {sum(p.numel() for p in part.parameters() if p.requires_grad):,} parameters"
@@ -414,7 +416,7 @@ class GenerativeModule(LightningModule):
 def _dropping(module: nn.Module) -> str:
     """The first part with dropout, or ""."""
     for name, part in module.named_modules():
-        share = part.p if isinstance(part, nn.Dropout) else getattr(part, "dropout", 0.0)
+        share = part.p if isinstance(part, nn.Dropout) else vars(part).get("dropout", 0.0)
         if isinstance(share, float) and share > 0:
             return name
     return ""

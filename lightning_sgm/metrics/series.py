@@ -174,7 +174,10 @@ class CorrelationDistance(PopulationDistance):
         assert self.units.shape is not None
         dimensions = self.units.shape[1]
         if dimensions < 2:
-            raise ValueError("fdds compares correlations between dimensions, and these data have one: leave it out")
+            raise ValueError(
+                "fdds compares correlations between dimensions, and these data have one: leave CorrelationDistance out "
+                "of model.metrics"
+            )
         row, column = pairs(dimensions)
         return [
             f"{self.units.name(a)}/{self.units.name(b)}" for a, b in zip(row.tolist(), column.tolist(), strict=True)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from datamodules.scaling import KINDS, Scaling
+from datamodules.scaling import KINDS, Scaling, difference
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -245,5 +245,90 @@ def test_what_is_refused():
     values[3, 4, 1] = np.inf
     with pytest.raises(ValueError, match="column 'b' holds values that are not finite"):
         Scaling.fit(values, "minmax", columns=["a", "b", "c"])
-    with pytest.raises(ValueError, match="dimension 1 has values that are not positive"):
+    said = r"dimension 1 \(counted from 0\) has values that are not positive, .*: mend .* data\.log false"
+    with pytest.raises(ValueError, match=said):
         Scaling.fit(walks(), "minmax", log=True).scale(torch.tensor([1.0, 0.0, 1.0]).expand(2, 5, 3))
+
+
+# Two scalings.
+
+
+@every_kind
+def test_there_is_no_difference_to_itself(kind):
+    spec = Scaling.fit(walks(), kind, log=True).spec
+    assert difference(spec, Scaling.fit(walks(), kind, log=True).spec, ["a", "b", "c"]) == ""
+
+
+def test_the_first_difference_is_named():
+    columns = ["a", "b", "c"]
+    one = Scaling.fit(walks(), "minmax").spec
+    fewer = Scaling.fit(walks(dims=2), "standard").spec
+    assert difference(one, fewer, ["a", "b"]) == "3 dimensions in the model, 2 in the data"
+    other = Scaling.fit(walks(), "standard", log=True).spec
+    assert difference(one, other, columns) == "kind minmax in the model, standard in the data"
+    other = Scaling.fit(walks(), "minmax", log=[False, True, False]).spec
+    assert difference(one, other, columns) == (
+        "log [False, False, False] in the model, [False, True, False] in the data"
+    )
+
+
+@every_kind
+@pytest.mark.parametrize("end", ["low", "high"])
+def test_another_range_is_told_with_its_column_and_both_ranges(kind, end):
+    values = walks()
+    one = Scaling.fit(values, kind).spec
+    ranges = [[values[..., 1].min(), values[..., 1].max()] for _ in range(2)]
+    beyond = ranges[1][end == "high"] = {"low": 0.25, "high": 987.5}[end]
+    place = np.unravel_index(getattr(values[..., 1], {"low": "argmin", "high": "argmax"}[end])(), values.shape[:2])
+    values[(*place, 1)] = beyond
+    said = difference(one, Scaling.fit(values, kind).spec, ["a", "b", "c"])
+    (low, high), (other_low, other_high) = ranges
+    assert said == f"column 'b' from {low:g} to {high:g} in the model, from {other_low:g} to {other_high:g} in the data"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "minmax"])
+def test_statistics_may_be_all_that_differs(kind):
+    values = walks()
+    one = Scaling.fit(values, kind).spec
+    place = np.unravel_index(np.argsort(values[..., 1], axis=None)[1000], values.shape[:2])
+    values[(*place, 1)] *= 1.5
+    other = Scaling.fit(values, kind).spec
+    assert (one["low"], one["high"]) == (other["low"], other["high"])
+    assert difference(one, other, ["a", "b", "c"]) == f"the statistics of the scaling {kind} differ"
+
+
+# Devices.
+
+
+@every_kind
+@pytest.mark.parametrize("log", [False, True])
+def test_numbers_go_to_a_device_once(kind, log, monkeypatch):
+    """Every further step finds them there: it neither makes nor sends one."""
+    values = torch.from_numpy(walks())
+    scaling, fresh = (Scaling.fit(values.numpy(), kind, log) for _ in range(2))
+    x = scaling.scale(values)
+    first = [scaling.scale(values), scaling.unscale(x), scaling.unit(x)]
+    kept = dict(scaling._kept)
+    assert kept
+    assert {device for _, device in kept} == {values.device}
+    made = []
+    monkeypatch.setattr("datamodules.scaling.torch.tensor", lambda *a, **k: made.append(a))
+    again = [scaling.scale(values), scaling.unscale(x), scaling.unit(x)]
+    monkeypatch.undo()
+    assert not made
+    assert scaling._kept.keys() == kept.keys()
+    assert all(scaling._kept[key] is value for key, value in kept.items())
+    untouched = [fresh.scale(values), fresh.unscale(x), fresh.unit(x)]
+    for one, two, three in zip(first, again, untouched, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+def test_each_device_has_its_own_numbers():
+    scaling = Scaling.fit(walks(), "standard")
+    there = torch.device("meta")  # stands for an accelerator
+    here = scaling._on("mean", torch.device("cpu"))
+    assert scaling._on("mean", there).device == there
+    assert scaling._on("mean", there) is scaling._on("mean", there)
+    assert scaling._on("mean", torch.device("cpu")) is here
+    assert here.tolist() == scaling.spec["mean"]

@@ -266,6 +266,49 @@ def test_files_that_do_not_suit(walk, options, message):
         SeriesDataModule(path=walk[0], **options)
 
 
+def test_sets_that_do_not_fit_into_memory_say_so(monkeypatch):
+    def full(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("datamodules.series_sources.generate", full)
+    with pytest.raises(ValueError, match="1,200,000 windows of sines do not fit into memory: lower windows"):
+        SeriesDataModule(windows=1_000_000)
+
+
+@pytest.mark.parametrize(("windows", "numbers", "expected"), [(50, 1 << 22, 50), (50, 200, 20), (50, 3, 1)])
+def test_the_spread_looks_at_so_many_numbers_at_most(monkeypatch, windows, numbers, expected):
+    """Evenly spaced windows, of 10 numbers each; one at least."""
+    monkeypatch.setattr("datamodules.series._NUMBERS", numbers)
+    seen, whole = [], SeriesDataModule.originals
+
+    def originals(self, split, index):
+        seen.append(index)
+        return whole(self, split, index)
+
+    monkeypatch.setattr(SeriesDataModule, "originals", originals)
+    data = SeriesDataModule(windows=windows, length=5, dims=2)
+    (index,) = seen
+    assert len(index) == expected
+    assert index[0] == 0
+    if expected > 1:
+        assert index[-1] == windows - 1
+        gaps = index.diff()
+        assert gaps.max() - gaps.min() <= 1
+    x = data.fetch("train", index, None)["x"].double()
+    assert data.spec["sigma_data"] == pytest.approx(x.std(correction=0).item(), rel=1e-6)
+    assert data.spec["bound"] == pytest.approx(x.abs().max().item(), rel=1e-6)
+
+
+def test_held_out_is_whether_splits_differ(walk):
+    with pytest.warns(UserWarning, match="nothing is held out"):
+        assert not SeriesDataModule(windows=50, **NOTHING).held_out
+    with pytest.warns(UserWarning, match="nothing is held out"):
+        assert not SeriesDataModule(path=walk[0], length=5, **NOTHING).held_out
+    for data in (SeriesDataModule(windows=50), SeriesDataModule(path=walk[0], length=5)):
+        assert data.held_out
+        assert not np.array_equal(everything(data, "test")[:5], everything(data, "train")[:5])
+
+
 # Real files.
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,39 @@ def test_conditions_are_dropped_only_in_training():
     share = (dropped == 10).double().mean()
     assert abs(share - 0.5) < 0.03
     assert torch.equal(dropped[dropped != 10], batch["label"][dropped != 10])
+
+
+@pytest.mark.parametrize(("exact", "dropout"), [(True, 0.1), (True, 0.0), (False, 0.1)])
+def test_exact_steps_do_not_go_with_dropout(tmp_path: Path, digits: ImageDataModule, exact: bool, dropout: float):
+    """Its noise is drawn for a whole batch: said, with the name of the part."""
+    torch.manual_seed(0)
+    module = ScoreSDE(
+        lambda spec: UNet(spec, channels=[8, 8], layers_per_block=1, dropout=dropout),
+        SPEC, exact=exact, sampler=Sampler(steps=1),
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, digits)
+    found = [str(warning.message) for warning in said if "exact is true" in str(warning.message)]
+    if not (exact and dropout):
+        assert found == []
+        return
+    (message,) = found
+    assert "set dropout to 0" in message
+    name = message.removeprefix("exact is true, but ").partition(" ")[0]
+    part = module.get_submodule(name)
+    assert part.p == dropout if isinstance(part, torch.nn.Dropout) else part.dropout == dropout
+
+
+def test_exact_steps_with_a_dropout_inside_attention_are_told_too(tmp_path: Path, digits: ImageDataModule):
+    class Attending(MLP):
+        def __init__(self, spec) -> None:
+            super().__init__(spec)
+            self.attention = torch.nn.MultiheadAttention(8, 2, dropout=0.2)
+
+    module = ScoreSDE(Attending, SPEC, exact=True, sampler=Sampler(steps=1))
+    with pytest.warns(UserWarning, match=r"exact is true, but network\.attention draws its dropout"):
+        trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, digits)
 
 
 def test_samples_are_numbered_and_generate_leaves_the_mode_alone():

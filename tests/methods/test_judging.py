@@ -1,15 +1,17 @@
-"""Numbers of restorers: those of the metric computed by hand over all examples, for every rival."""
+"""Numbers of samples, their floors and rivals: those of the metric computed by hand over all examples."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torchmetrics import Metric
 
-from lightning_sgm.methods.judging import Rivalry
-from lightning_sgm.metrics import Fidelity, FrechetDistance, PerceptualDistance
+from lightning_sgm.methods.judging import Rivalry, judge
+from lightning_sgm.metrics import ClassifierTwoSample, Fidelity, FrechetDistance, PerceptualDistance
 from tests.methods.restoring import ancestral, awake, model, pictures, ready, trainer
 
 
@@ -109,11 +111,11 @@ def test_frozen_networks_of_metrics_are_shared_and_their_sums_are_not():
     assert len({id(judge) for judge in judges}) == 3
     rivalry.update(ways, truth, 1.0)
     rivalry.update({name: x.flip(0) * 0.5 for name, x in ways.items()}, truth, 1.0)
-    for name, judge in zip(ways, judges, strict=True):
+    for name, each in zip(ways, judges, strict=True):
         alone = PerceptualDistance("judge", metric.frozen[0])
         alone.update(ways[name], truth)
         alone.update(ways[name].flip(0) * 0.5, truth)
-        assert float(judge.compute()) == pytest.approx(float(alone.compute()), rel=1e-6)
+        assert float(each.compute()) == pytest.approx(float(alone.compute()), rel=1e-6)
     assert len({round(float(judge.compute()), 6) for judge in judges}) == 3
     with pytest.raises(ValueError, match="has seen no image"):
         metric.compute()
@@ -124,3 +126,137 @@ def test_no_metrics_no_restoring(data: Any, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(type(module), "rivals_of", None)
     (values,) = trainer(tmp_path).test(module, data, verbose=False)
     assert set(values) == {"test/loss"}
+
+
+# Samples, the floor, and samples against what was learnt from.
+
+TRAIN, TEST, SAMPLED = 600, 40, 1000.0  # training examples are 0..599, test examples -1..-40, samples 1000 and more
+
+
+class Recorder(Metric):
+    """Remembers which examples it was fed, in which pieces; its value is the difference of their means."""
+
+    name = "recorder"
+    inputs = ("x", "extra")
+
+    def __init__(self, log: list[Any], against: bool = False) -> None:
+        super().__init__()
+        self.halves, self.against_train = True, against
+        self.log = log
+        self.seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+
+    def __deepcopy__(self, memo: Any) -> Recorder:
+        other = Recorder(self.log, self.against_train)
+        other.seen = {real: list(parts) for real, parts in self.seen.items()}
+        return other
+
+    def update(self, x: torch.Tensor, extra: torch.Tensor, real: bool) -> None:
+        assert torch.equal(extra[:, 0], 2 * x)
+        self.seen[real].append(x)
+
+    def compute(self) -> dict[str, torch.Tensor]:
+        real, samples = (torch.cat(self.seen[side]) for side in (True, False))
+        pieces = {side: [len(part) for part in self.seen[side]] for side in (True, False)}
+        self.log.append({"real": real, "samples": samples, "pieces": pieces, "halves": self.halves})
+        found = {"recorder": samples.mean() - real.mean(), "worst": samples.max()}
+        return found | {"halves": torch.tensor(9.0)}  # even where none are asked for
+
+    def reset(self) -> None:
+        self.seen = {True: [], False: []}
+
+
+def examples_of(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"x": x, "extra": torch.stack([2 * x, x], 1)}
+
+
+def sampler_of(rank: int = 0, world: int = 1, **data: Any) -> Any:
+    """What ``judge`` asks of a model: batches of 7 samples, x of number i is 1000 + i."""
+    source = SimpleNamespace(examples=lambda split, count: examples_of(torch.arange(float(min(count, TRAIN)))), **data)
+    return SimpleNamespace(
+        trainer=SimpleNamespace(
+            datamodule=source, world_size=world, strategy=SimpleNamespace(reduce=lambda value, reduce_op: value)
+        ),
+        global_rank=rank,
+        device=torch.device("cpu"),
+        sampler_evaluations=3,
+        sample_batches=lambda count: torch.arange(rank, count, world).split(7),
+        sample=lambda indices: examples_of(SAMPLED + indices.double()),
+    )
+
+
+def recorder(log: list[Any], against: bool = False) -> Recorder:
+    metric = Recorder(log, against)
+    metric.update(**examples_of(-torch.arange(1.0, TEST + 1)), real=True)
+    return metric
+
+
+def test_training_examples_come_in_pieces_and_their_halves_are_no_floor():
+    log: list[Any] = []
+    metric = recorder(log)
+    found = judge(sampler_of(), [metric], TRAIN)
+    floor, samples = log
+    assert floor["pieces"][False] == [256, 256, 88]
+    assert torch.equal(floor["samples"], torch.arange(float(TRAIN)))
+    assert torch.equal(floor["real"], samples["real"])
+    assert torch.equal(samples["samples"], SAMPLED + torch.arange(TRAIN))
+    assert (floor["halves"], samples["halves"]) == (False, True)
+    assert metric.halves
+    assert {name: float(value) for name, value in found.items()} == {
+        "floor/recorder": pytest.approx(299.5 + 20.5),
+        "floor/recorder/worst": 599.0,
+        "samples/recorder": pytest.approx(1299.5 + 20.5),
+        "samples/recorder/worst": 1599.0,
+        "samples/recorder/halves": 9.0,
+        "samples/evaluations": 3.0,
+    }
+    assert metric.seen == {True: [], False: []}  # ready for the next time
+
+
+def test_samples_are_compared_with_what_was_learnt_from_too_where_a_metric_asks_for_it():
+    log: list[Any] = []
+    metric = recorder(log, against=True)
+    found = judge(sampler_of(held_out=True), [metric, recorder([])], 300)
+    (against,) = [entry for entry in log if entry["real"].min() >= 0]
+    assert torch.equal(against["real"], torch.arange(300.0))
+    assert against["pieces"][True] == [256, 44]
+    assert torch.equal(against["samples"], SAMPLED + torch.arange(300))
+    names = {name for name in found if name.startswith("against_train")}
+    assert names == {"against_train/recorder", "against_train/recorder/worst"}
+    assert float(found["against_train/recorder"]) == pytest.approx(1000.0)
+    assert float(found["floor/recorder"]) == pytest.approx(149.5 + 20.5)
+    assert float(found["samples/recorder"]) == pytest.approx(1149.5 + 20.5)
+
+
+def test_every_process_feeds_its_share():
+    log: list[list[Any]] = [[], []]
+    for rank in (0, 1):
+        judge(sampler_of(rank, 2), [recorder(log[rank], against=True)], 301)
+    for part, side in ((0, "samples"), (1, "real")):  # floor, then against_train
+        seen = [log[rank][part][side] for rank in (0, 1)]
+        assert [len(each) for each in seen] == [151, 150]
+        assert torch.equal(torch.cat(seen).sort().values, torch.arange(301.0))
+
+
+@pytest.mark.parametrize(("held_out", "floor"), [(False, True), (True, False)])
+def test_no_floor_where_nothing_is_held_out_or_none_is_wanted(held_out: bool, floor: bool):
+    found = judge(sampler_of(held_out=held_out), [recorder([], against=True)], 20, floor)
+    assert {name.partition("/")[0] for name in found} == {"samples"}
+
+
+def test_a_classifier_of_two_samples_is_not_trained_on_halves_for_the_floor(monkeypatch: pytest.MonkeyPatch):
+    windows = torch.randn(24, 6, 2, generator=torch.Generator().manual_seed(0))
+    metric = ClassifierTwoSample()
+    metric.update(windows[:12], real=True)
+    module = sampler_of()
+    module.trainer.datamodule.examples = lambda split, count: {"x": windows[12:]}
+    module.sample = lambda indices: {"x": windows[indices] + 3.0}
+    asked: list[int] = []
+
+    def accuracy(self: Any, *sides: torch.Tensor) -> tuple[float, float]:
+        asked.append(sum(map(len, sides)))
+        return 0.75, 0.1
+
+    monkeypatch.setattr(ClassifierTwoSample, "_accuracy", accuracy)
+    found = judge(module, [metric], 12)
+    assert asked == [24, 24, 12]  # the floor, the samples, the halves of the real windows
+    assert {name for name in found if name.endswith("halves")} == {"samples/two_sample/halves"}

@@ -197,6 +197,26 @@ def test_autocast_keeps_the_residual_stream():
     assert float((found - expected).std()) < 0.02 * float(expected.std())
 
 
+def test_under_autocast_the_answer_is_added_up_in_float32():
+    """In bfloat16 an answer near 1 moves in steps of 1 / 128: too coarse for the correlations of small movements."""
+    network, x, label = small((24, 6), width=32).eval(), torch.randn(8, 24, 6), torch.full((8,), 40.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network(x, label)
+    assert found.dtype == torch.float32
+    on_the_grid = (found == found.bfloat16().float()).double().mean()
+    assert on_the_grid < 0.01
+    # Both last layers, on what the channels gave: the sum of two float32 products, not of rounded ones.
+    seen: dict[str, torch.Tensor] = {}
+    for name in ("time", "feature"):
+        part = getattr(network, f"{name}_blocks")
+        part.register_forward_hook(lambda module, inputs, output, name=name: seen.__setitem__(name, output.double()))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network(x, label)
+    last = network.double()
+    expected = last.fc_time(seen["time"]) + last.fc_feature(seen["feature"]).mT
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [

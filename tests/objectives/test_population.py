@@ -12,6 +12,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sgm.denoiser import Denoiser, Preconditioning
+from lightning_sgm.metrics import binned
 from lightning_sgm.networks import DualChannel
 from lightning_sgm.objectives import (
     ChainTimes,
@@ -65,6 +66,12 @@ def correlation_table(x):
 
 
 # The discrepancy.
+
+
+def test_training_has_the_kernels_of_the_evaluation_but_the_two_widest():
+    """pad_ts.md section 2: 7 variances in training, 9 in evaluation."""
+    assert VARIANCES == (0.01, 0.05, 0.1, 0.2, 0.5, 0.7, 1.0)
+    assert (*VARIANCES, 1.5, 2.0) == binned.VARIANCES
 
 
 @pytest.mark.parametrize(("pairs", "count"), [(1, 2), (3, 3), (15, 64), (2, 65), (40, 20)])
@@ -385,6 +392,38 @@ def _process(rank, folder):
     terms = {name: value.detach() for name, value in found.items()}
     torch.save((terms, network.scale.grad, refused), f"{folder}/{rank}")
     torch.distributed.destroy_process_group()
+
+
+def test_another_fit_may_have_batches_of_another_size(monkeypatch):
+    """Two processes whose batches are equal, played by one."""
+    gathered = []
+
+    def all_gather(parts, own):
+        gathered.append(own.numel())
+        for part in parts:
+            part.copy_(own)
+
+    for name, value in {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "get_world_size": lambda: WORLD,
+        "get_rank": lambda: 0,
+        "all_gather": all_gather,
+    }.items():
+        monkeypatch.setattr(f"lightning_sgm.objectives.population.distributed.{name}", value)
+    population, x = Population(), series(ROWS)
+    population(0.5 * x, x, at(0, ROWS))
+    assert gathered == [1, 2 * ROWS * 15]  # the size, then the correlations of 6 dimensions
+    few = slice(ROWS - 2)
+    with pytest.raises(ValueError, match="got 4 windows beside 6"):
+        population(0.5 * x[few], x[few], at(0, ROWS - 2))
+    population.restart()
+    gathered.clear()
+    found = population(0.5 * x[few], x[few], at(0, ROWS - 2))
+    assert gathered == [1, 2 * (ROWS - 2) * 15]  # processes tell each other the size anew
+    assert found["population"].isfinite()
+    with pytest.raises(ValueError, match="got 6 windows beside 4"):
+        population(0.5 * x, x, at(0, ROWS))
 
 
 @pytest.mark.slow

@@ -87,6 +87,47 @@ def test_one_step_is_exact_for_one_point(process, rule, s, t):
         assert mean is found
 
 
+@every_process
+@settings(max_examples=25, deadline=None)
+@given(s=times, t=times)
+def test_euler_goes_to_noisier_levels_too_and_back(process, s, t):
+    """DDIM inversion: with a constant x_0, noise is kept there, and the way back is the inverse."""
+    s, t = min(s, t), max(s, t)
+    if t - s < 1e-3:
+        return
+    evaluate = Evaluation(gaussian(process, std=0.0))
+    level, noisier = process.level(s), process.level(t)
+    noise = torch.tensor([[-1.3], [0.4]], dtype=torch.float64)
+    x = level.alpha * MEAN + level.sigma * noise
+    there, mean, _ = Euler()(evaluate, x, level, noisier, Draw(0), None)
+    assert there.isfinite().all()
+    assert mean is there  # no noise is drawn
+    # Rounding of x counts as noise, which is scaled up by the ratio of the levels.
+    ratio = float(noisier.sigma / level.sigma)
+    slack = 1e-14 * max(1.0, ratio) * float(1 + level.alpha + noisier.alpha + noisier.sigma)
+    torch.testing.assert_close(there, noisier.alpha * MEAN + noisier.sigma * noise, rtol=1e-9, atol=slack)
+    back, _, _ = Euler()(evaluate, there, noisier, level, Draw(0), None)
+    torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9 * float(level.sigma))
+
+
+@every_process
+def test_euler_encodes_along_the_exact_ode(process):
+    """Of Gaussian data: many steps up are the map of the ODE, and those down lead back."""
+    denoiser = gaussian(process)
+    levels = Sampler(Euler(), 400, LogUniform(0.01, 40.0), finish="state").levels(process)[::-1]
+    spread = torch.sqrt((levels[0].alpha * STD) ** 2 + levels[0].sigma ** 2)
+    x = levels[0].alpha * MEAN + spread * Draw(1).normal((64, 1), torch.float64)
+    evaluate, up = Evaluation(denoiser), x
+    for level, noisier in pairwise(levels):
+        up, _, _ = Euler()(evaluate, up, level, noisier, Draw(0), None)
+    expected = ode_map(x, levels[0], levels[-1])
+    assert float((up - expected).abs().max()) < 0.02 * float(expected.std())
+    back = up
+    for level, cleaner in pairwise(levels[::-1]):
+        back, _, _ = Euler()(evaluate, back, level, cleaner, Draw(0), None)
+    assert float((back - x).abs().max()) < 0.04 * float(x.std())
+
+
 def test_heun_is_karras_algorithm_1():
     # Their pseudocode in sigma for alpha = 1, x + (s' - s) (d + d') / 2 with d = (x - D) / s.
     process = EDM()
