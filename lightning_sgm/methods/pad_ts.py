@@ -129,12 +129,15 @@ class PaDTS(GenerativeModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights for windows in other units."""
         trained = (checkpoint.get("hyper_parameters") or {}).get("spec", {}).get("scaling")
-        if trained is not None and (what := difference(trained, self.spec["scaling"], self.spec["columns"])):
-            raise ValueError(
-                f"the model was trained on windows in other units: {what}; give the data and the options of data it "
-                "was trained with, or train anew"
-            )
+        if trained is not None:
+            _require_same(trained, self.spec)
         super().on_load_checkpoint(checkpoint)
+
+    def setup(self, stage: str) -> None:
+        """Refuse data in other units than the model's, such as those of a model that was loaded."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is not None and "scaling" in getattr(data, "spec", {}):
+            _require_same(self.spec["scaling"], data.spec)
 
     # Training.
 
@@ -239,3 +242,12 @@ class PaDTS(GenerativeModule):
         # Those it learns from: held-out ones may be of another time, with other levels.
         real = data.examples("train", self.compared)["x"]
         return found | {view: {"x": samples, "real": real, "view": view} for view in _VIEWS}
+
+
+def _require_same(trained: dict[str, Any], spec: Spec) -> None:
+    """Raise a ValueError unless the data of ``spec`` are scaled as those a model was trained on."""
+    if what := difference(trained, spec["scaling"], spec["columns"]):
+        raise ValueError(
+            f"the model was trained on windows in other units: {what}; give the data and the options of data it was "
+            "trained with, or train anew"
+        )

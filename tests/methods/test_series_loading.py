@@ -161,6 +161,8 @@ def test_a_loaded_model_goes_on_with_its_own_data(tmp_path: Path):
     loaded = lightning_sgm.load(path, network=Silent, process=CHAIN, preconditioning=LinearPreconditioning())
     assert isinstance(loaded, type(linear(data.spec)))
     assert loaded.generate(2)["x"].shape == (2, L, 3)
+    with pytest.raises(ValueError, match="trained on windows in other units: column 'c' from"):
+        trainer(tmp_path / "three").test(loaded, own(tmp_path / "b.csv", wider(2)))
 
 
 # Completions.
