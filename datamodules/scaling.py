@@ -224,7 +224,7 @@ class Scaling:
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """In what two specifications of scalings differ, in words; "" where they are the same.
+    """In what two specifications of scalings differ beyond rounding, in words; "" where they do not.
 
     Args:
         one: of the model.
@@ -242,9 +242,20 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any], columns: Sequen
         f"column {column!r} from {one['low'][i]:g} to {one['high'][i]:g} in the model, from {other['low'][i]:g} to "
         f"{other['high'][i]:g} in the data"
         for i, column in enumerate(columns)
-        if (one["low"][i], one["high"][i]) != (other["low"][i], other["high"][i])
+        if not all(_close(one[end][i], other[end][i]) for end in ("low", "high"))
     ]
-    return ends[0] if ends else f"the statistics of the scaling {one['kind']} differ"
+    if ends:
+        return ends[0]
+    same = all(
+        _close(mine, its) for name in _LISTS[one["kind"]] for mine, its in zip(one[name], other[name], strict=True)
+    )
+    return "" if same else f"the statistics of the scaling {one['kind']} differ"
+
+
+def _close(one: float | Sequence[float], other: float | Sequence[float]) -> bool:
+    """Whether numbers, or lists of them, are the same but for the order in which sums were taken."""
+    a, b = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    return a.shape == b.shape and bool(np.allclose(a, b, rtol=1e-9, atol=1e-12 * float(np.abs(a).max(initial=0.0))))
 
 
 def _constant(low: Tensor, high: Tensor) -> Tensor:

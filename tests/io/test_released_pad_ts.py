@@ -328,4 +328,4 @@ def test_import_predict_and_test(cli, tmp_path: Path):
     (numbers,) = tmp_path.rglob("test.json")
     judged = json.loads(numbers.read_text())
     assert judged["test/loss"] > 0
-    assert 0 < judged["test/floor/vds"] < judged["test/samples/vds"] < 18
+    assert 0 < judged["test/samples/vds/halves"] < judged["test/samples/vds"] < 18

@@ -46,7 +46,7 @@ def stand_in(of: dict[str, Any] | None = None) -> Any:
         spec=of,
         scaling=Scaling(of["scaling"]),
         device=torch.device("cpu"),
-        guided=None,
+        denoiser=None,
         sampler=None,
         sample_draw=lambda keys: Draw(7, keys),
     )
