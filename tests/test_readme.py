@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import runpy
@@ -52,7 +53,8 @@ def a_users_files(tmp_path: Path) -> None:
     smiles = ["CCO", "CC(=O)N", "c1ccccc1O", "CCCl", "CSC", "NCC#N", "OCC1CC1", "CC(C)F", "C=CC=O", "CCOC", "CN", "CO"]
     (tmp_path / "my.csv").write_text("smiles\n" + "\n".join(smiles), encoding="utf-8")
     series = np.random.default_rng(0).normal(size=(400, 3)).cumsum(0)
-    lines = [f"2026-01-{i}," + ",".join(f"{value:.5f}" for value in row) for i, row in enumerate(series)]
+    days = [datetime.date(2026, 1, 1) + datetime.timedelta(days=i) for i in range(len(series))]
+    lines = [f"{day}," + ",".join(f"{value:.5f}" for value in row) for day, row in zip(days, series, strict=True)]
     (tmp_path / "my_series.csv").write_text("date,open,close,volume\n" + "\n".join(lines), encoding="utf-8")
     gaps = [line if i % 5 else line.rpartition(",")[0] + "," for i, line in enumerate(lines)]
     (tmp_path / "my_gaps.csv").write_text("date,open,close,volume\n" + "\n".join(gaps), encoding="utf-8")
