@@ -56,7 +56,7 @@ def a_users_files(tmp_path: Path) -> None:
     days = [datetime.date(2026, 1, 1) + datetime.timedelta(days=i) for i in range(len(series))]
     lines = [f"{day}," + ",".join(f"{value:.5f}" for value in row) for day, row in zip(days, series, strict=True)]
     (tmp_path / "my_series.csv").write_text("date,open,close,volume\n" + "\n".join(lines), encoding="utf-8")
-    gaps = [line if i % 5 else line.rpartition(",")[0] + "," for i, line in enumerate(lines)]
+    gaps = [line if i % 5 else ",".join([line.split(",")[0], "", *line.split(",")[2:]]) for i, line in enumerate(lines)]
     (tmp_path / "my_gaps.csv").write_text("date,open,close,volume\n" + "\n".join(gaps), encoding="utf-8")
     (tmp_path / "my_pictures").mkdir()
     for i in range(80):
