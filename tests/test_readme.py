@@ -105,6 +105,7 @@ def test_the_commands_of_the_readme(cli):
     assert Image.open("large.png").size == (144, 160)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("a_users_files")
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_and_the_python_of_the_recipe_pages(cli, page: str):
