@@ -33,7 +33,7 @@ class SeriesDataModule(DataModule):
     windows only. One dimension is enough for all but correlations, which need two.
 
     ``spec``: kind "series", shape [L', D], length L, columns (D names), scaling (see scaling.py), classes 0, sigma_data
-    (standard deviation in model space over training windows), bound (largest magnitude there).
+    (standard deviation in model space over training windows).
 
     Args:
         dataset: "sines" (generated, independent dimensions), "mujoco" (a falling hopper, 14 dimensions; needs
@@ -118,7 +118,7 @@ class SeriesDataModule(DataModule):
             "columns": list(self.columns),
             "scaling": self.scaling.spec,
             "classes": 0,
-            **self._spread(),
+            "sigma_data": self._spread(),
         }
 
     @property
@@ -206,13 +206,13 @@ class SeriesDataModule(DataModule):
             scaling = Scaling({**scaling.spec, "low": [-1.0] * len(low), "high": [1.0] * len(low)})
         return scaling
 
-    def _spread(self) -> dict[str, float]:
-        """Standard deviation and largest magnitude in model space, over some evenly spaced training windows."""
+    def _spread(self) -> float:
+        """Standard deviation in model space, over some evenly spaced training windows."""
         count = self.count("train")
         most = max(1, min(count, _LOOKED_AT, _NUMBERS // (self.length * len(self.columns))))
         index = torch.linspace(0, count - 1, most, dtype=torch.float64).long()
         x = self.scaling.scale(self.originals("train", index))
-        return {"sigma_data": float(x.std(correction=0)) or 1.0, "bound": float(x.abs().max())}
+        return float(x.std(correction=0)) or 1.0
 
 
 def _quotes(dataset: str, columns: list[str] | None, drop: list[str] | None) -> SeriesTable:

@@ -28,7 +28,7 @@ class LinearPreconditioning(Preconditioning):
     magnitude, as the level of a window and the movements in it do, each is denoised at the noise levels that matter to
     it, and :class:`~lightning_sgm.objectives.OutputWeight` weighs all of them equally.
 
-    The moments come from training data (:meth:`fit`) and are stored in checkpoints.
+    The moments come from training data (:meth:`Moments.fit`) and are stored in checkpoints.
 
     Args:
         floor: directions with less than so much of the mean variance are taken to have none: x_0 is m there.

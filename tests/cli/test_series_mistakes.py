@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cli.test_restoration_mistakes import check_fit, said
 from tests.conftest import TINY
 from tests.io.test_released_pad_ts import authors_file
 from tests.io.test_released_pad_ts import table as write_table
@@ -45,20 +46,6 @@ def files(tmp_path: Path) -> Path:
     table(tmp_path / "one.csv", x[:, :1])
     (tmp_path / "damaged.npz").write_bytes(b"PK\x03\x04 not an archive")
     return tmp_path
-
-
-def said(code: int, err: str) -> str:
-    """The one line of a mistake."""
-    assert code in (1, 2), err
-    assert "Traceback" not in err
-    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
-    return line
-
-
-def check_fit(result: tuple[int, str, str], words: tuple[str, ...]) -> None:
-    line = said(result[0], result[2])
-    assert all(word in line for word in words), line
-    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,6 @@ def test_the_scaling_sees_training_windows_only(tmp_path, kind, log):
         x = data.fetch("train", torch.arange(data.count("train")), None)["x"]
         assert x.shape[1:] == tuple(data.spec["shape"]) == (8 + (2 if kind == "window" else 0), 2)
         assert data.spec["sigma_data"] == pytest.approx(x.double().std(correction=0).item(), rel=1e-6)
-        assert data.spec["bound"] == pytest.approx(x.abs().max().item(), rel=1e-6)
         train = everything(data, "train")
         assert data.spec["scaling"]["low"] == train.min((0, 1)).tolist()
         assert data.spec["scaling"]["high"] == train.max((0, 1)).tolist()
@@ -296,7 +295,6 @@ def test_the_spread_looks_at_so_many_numbers_at_most(monkeypatch, windows, numbe
         assert gaps.max() - gaps.min() <= 1
     x = data.fetch("train", index, None)["x"].double()
     assert data.spec["sigma_data"] == pytest.approx(x.std(correction=0).item(), rel=1e-6)
-    assert data.spec["bound"] == pytest.approx(x.abs().max().item(), rel=1e-6)
 
 
 def test_held_out_is_whether_splits_differ(walk):
